@@ -1,0 +1,66 @@
+// What every file of the edge shares: owning references, errors, the GIL, and the list of types.
+// The edge is thin: it parses arguments, calls the core, and builds results.
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <utility>
+
+namespace k42::edge {
+
+// An owned reference; nullptr means "an exception is set" when returned by a function.
+class Ref {
+  public:
+    Ref() = default;
+    static Ref steal(PyObject* o) {
+        Ref r;
+        r.object_ = o;
+        return r;
+    }
+    static Ref borrow(PyObject* o) {
+        Py_XINCREF(o);
+        return steal(o);
+    }
+    Ref(Ref&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {}
+    Ref& operator=(Ref&& other) noexcept {
+        std::swap(object_, other.object_);
+        return *this;
+    }
+    Ref(const Ref&) = delete;
+    Ref& operator=(const Ref&) = delete;
+    ~Ref() { Py_XDECREF(object_); }
+
+    PyObject* get() const { return object_; }
+    PyObject* release() { return std::exchange(object_, nullptr); }
+    explicit operator bool() const { return object_ != nullptr; }
+
+  private:
+    PyObject* object_ = nullptr;
+};
+
+// Releases the GIL (detaches the thread state) for its scope: around anything that can block.
+class Detached {
+  public:
+    Detached() : state_(PyEval_SaveThread()) {}
+    ~Detached() { PyEval_RestoreThread(state_); }
+    Detached(const Detached&) = delete;
+    Detached& operator=(const Detached&) = delete;
+
+  private:
+    PyThreadState* state_;
+};
+
+// Adds a heap type made from `spec` to the module; returns the type (borrowed from the module) or nullptr.
+inline PyTypeObject* add_type(PyObject* module, PyType_Spec* spec) {
+    Ref type = Ref::steal(PyType_FromModuleAndSpec(module, spec, nullptr));
+    if (!type) return nullptr;
+    auto* result = reinterpret_cast<PyTypeObject*>(type.get());
+    if (PyModule_AddType(module, result) < 0) return nullptr;
+    return result;
+}
+
+// One function a file of the edge: adds its type or functions to the module; -1 with an exception set.
+int add_reference(PyObject* module);
+
+}  // namespace k42::edge

@@ -1,0 +1,11 @@
+"""The exceptions of k42: one small tree under `Error`. Each message says what happened and what to do."""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """The root of every exception that k42 defines."""
+
+
+class Destroyed(Error, ReferenceError):
+    """A call on a Clustered Object that has been destroyed."""
