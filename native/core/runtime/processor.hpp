@@ -1,0 +1,74 @@
+// Processors: dense slots, each owned by one live thread, which takes it at first use and frees it at its
+// end.
+//
+// A freed slot is taken by a later thread with everything in it, its local translation table above all: so
+// representatives are neither lost nor multiplied when threads come and go. A slot never moves and is never
+// returned; there are as many as threads ever used the runtime at the same time, and no fixed maximum.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "runtime/fence.hpp"
+#include "runtime/table.hpp"
+
+namespace k42::runtime {
+
+// Two lines, because the prefetcher of x86 fetches lines in pairs: neighbours must not share a pair.
+inline constexpr std::size_t apart = 128;
+
+struct alignas(apart) Processor {
+    // Written by the owner alone, at each request; read by marks of quiescence.
+    std::atomic<std::uint64_t> requests{0};  // odd: inside a request; each outermost call adds two
+    std::atomic<bool> watched{false};        // a deferred destruction waits for the request that runs now
+    std::uint32_t depth = 0;                 // calls on references that the owner is inside of
+    std::uint32_t id = 0;
+    Table<std::atomic<void*>> local;  // the Local Translation Table; an empty entry is a null pointer
+
+    Index free = 0;  // the owner's LIFO list of free entries of its ranges, linked by Entry::next; 0 ends it
+    // What others freed for us: they push, the owner takes all at once (so the list has no ABA problem).
+    alignas(apart) std::atomic<Index> returned{0};
+};
+
+namespace detail {
+// A plain pointer: no guard, no call to find it. The extension is loaded once, at 8 bytes of static TLS.
+extern constinit thread_local Processor* current __attribute__((tls_model("initial-exec")));
+Processor& adopt();
+}  // namespace detail
+
+// The processor of the calling thread, or nullptr while it has none.
+inline Processor* current_or_null() { return detail::current; }
+
+// The processor of the calling thread, taken at the first call.
+inline Processor& current() {
+    Processor* p = detail::current;
+    return p ? *p : detail::adopt();
+}
+
+// Frees the calling thread's processor before the thread ends; its next use takes one again. Only outside of
+// requests; else it does nothing, and the end of the thread frees the processor.
+void release_current();
+
+// How many processors there are; their ids are 0 … count-1.
+std::uint32_t processor_count();
+
+// The processor with this id, which must be smaller than the count.
+Processor& processor(std::uint32_t id);
+
+// A request begins: only the outermost call counts.
+inline void enter(Processor& p) {
+    if (p.depth++ == 0) {
+        p.requests.store(p.requests.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+        fence_light();  // "inside" before any look at a reference or a table: pairs with Mark's heavy fence
+    }
+}
+
+// A request ends. True: a deferred destruction waited for it, and the caller must `collect()`.
+[[nodiscard]] inline bool leave(Processor& p) {
+    if (--p.depth != 0) return false;
+    p.requests.store(p.requests.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+    fence_light();  // "outside" before the look at `watched`: pairs with the heavy fence in `defer`
+    return p.watched.load(std::memory_order_relaxed);
+}
+
+}  // namespace k42::runtime

@@ -1,0 +1,34 @@
+#include "runtime/quiescence.hpp"
+
+namespace k42::runtime {
+
+Mark Mark::take() {
+    Mark mark;
+    fence_heavy();  // what the caller made unreachable before requests are looked at: pairs with `enter`
+    for (std::uint32_t id = 0, n = processor_count(); id < n; ++id) {
+        Processor& p = processor(id);
+        std::uint64_t requests = p.requests.load(std::memory_order_acquire);
+        if (requests & 1) mark.waiting_.emplace_back(&p, requests);
+    }
+    return mark;
+}
+
+Mark Mark::take(const Processor& p) {
+    Mark mark;
+    std::uint64_t requests = p.requests.load(std::memory_order_relaxed);
+    if (requests & 1) mark.waiting_.emplace_back(const_cast<Processor*>(&p), requests);
+    return mark;
+}
+
+bool Mark::elapsed() {
+    // Acquire: what those requests did happens before what the caller frees.
+    std::erase_if(waiting_,
+                  [](auto& w) { return w.first->requests.load(std::memory_order_acquire) != w.second; });
+    return waiting_.empty();
+}
+
+void Mark::watch() {
+    for (auto& [p, requests] : waiting_) p->watched.store(true, std::memory_order_relaxed);
+}
+
+}  // namespace k42::runtime

@@ -1,0 +1,32 @@
+// Quiescence: the moment when every request that ran at a mark has ended.
+//
+// Where K42 counts two generations of requests a processor, one counter a processor is enough here: it is odd
+// inside a request and never goes back. A mark notes the counters that are odd; it has elapsed when each of
+// them has moved on. Requests that begin after the mark are never waited for.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "runtime/processor.hpp"
+
+namespace k42::runtime {
+
+class Mark {
+  public:
+    // A mark that waits for the requests that run now, on all processors.
+    static Mark take();
+    // A mark that waits for the request that runs on `p`, if one does; of the caller's own processor.
+    static Mark take(const Processor& p);
+
+    bool elapsed();
+
+    // The processors that it still waits for will `collect` when their request ends.
+    void watch();
+
+  private:
+    std::vector<std::pair<Processor*, std::uint64_t>> waiting_;
+};
+
+}  // namespace k42::runtime

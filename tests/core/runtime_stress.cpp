@@ -1,0 +1,279 @@
+// The Clustered Object runtime alone, under contention: meant for ThreadSanitizer and AddressSanitizer.
+// Exits with 1 at the first broken promise. Bounded by counts to a few seconds.
+#include <atomic>
+#include <barrier>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "runtime/processor.hpp"
+#include "runtime/translation.hpp"
+
+using namespace k42::runtime;
+
+namespace {
+
+#define CHECK(condition)                                                                  \
+    do {                                                                                  \
+        if (!(condition)) {                                                               \
+            std::fprintf(stderr, "%s:%d: %s is false\n", __FILE__, __LINE__, #condition); \
+            std::_Exit(1);                                                                \
+        }                                                                                 \
+    } while (0)
+
+std::atomic<int> objects_alive{0};
+std::atomic<int> reps_alive{0};
+std::atomic<int> releases{0};
+
+struct Rep {
+    Rep() { reps_alive.fetch_add(1); }
+    ~Rep() { reps_alive.fetch_sub(1); }
+    long count = 0;  // plain: the sanitizers see a use after free, or a use by two processors
+};
+
+// A distributed object: a representative per processor.
+struct Object {
+    Object() { objects_alive.fetch_add(1); }
+    ~Object() { objects_alive.fetch_sub(1); }
+    Rep* miss() {
+        misses.fetch_add(1);
+        std::lock_guard guard(lock);
+        return &reps.emplace_back();
+    }
+    long total() {
+        std::lock_guard guard(lock);
+        long sum = 0;
+        for (Rep& rep : reps) sum += rep.count;
+        return sum;
+    }
+    std::atomic<int> misses{0};
+    std::mutex lock;       // protects reps
+    std::deque<Rep> reps;  // stable addresses
+};
+
+void release(void* object) {
+    releases.fetch_add(1);
+    delete static_cast<Object*>(object);
+}
+
+// Runs `use(rep)` as a request; false when the object is destroyed.
+template <typename Use>
+bool call(Reference& reference, Use use) {
+    Processor& p = current();
+    enter(p);
+    Coid coid = reference.coid();
+    auto* rep = static_cast<Rep*>(translate(p, coid));
+    if (!rep) {
+        if (auto* object = static_cast<Object*>(begin_miss(p, coid))) {
+            rep = object->miss();
+            install(p, coid, rep);
+        }
+    }
+    if (rep) use(*rep);
+    if (leave(p)) collect();
+    return rep != nullptr;
+}
+
+bool destroy(Reference& reference) {
+    bool deferred;
+    return k42::runtime::destroy(reference, release, &deferred);
+}
+
+template <typename Work>
+void in_threads(int n, Work work) {
+    std::barrier start(n);
+    std::vector<std::thread> threads;
+    for (int i = 0; i < n; ++i) {
+        threads.emplace_back([&, i] {
+            current();  // a processor of its own before anyone starts
+            start.arrive_and_wait();
+            work(i);
+            start.arrive_and_wait();  // and until all have finished
+        });
+    }
+    for (auto& thread : threads) thread.join();
+}
+
+void exact_counts() {
+    constexpr int n = 8, k = 5000;
+    Reference reference;
+    auto* object = new Object();
+    create(reference, object);
+    in_threads(n, [&](int) {
+        for (int i = 0; i < k; ++i) CHECK(call(reference, [](Rep& rep) { ++rep.count; }));
+    });
+    CHECK(object->misses == n);
+    CHECK(object->total() == long{n} * k);
+    CHECK(destroy(reference));
+    CHECK(!destroy(reference));
+    CHECK(!call(reference, [](Rep&) {}));
+    CHECK(reps_alive == 0 && objects_alive == 0);
+}
+
+void churn() {
+    constexpr int waves = 200, n = 8;
+    Reference reference;
+    auto* object = new Object();
+    create(reference, object);
+    for (int wave = 0; wave < waves; ++wave)
+        in_threads(n, [&](int) { CHECK(call(reference, [](Rep& rep) { ++rep.count; })); });
+    CHECK(object->total() == waves * n);
+    CHECK(object->misses <= int(processor_count()));
+    CHECK(processor_count() <= n + 1);
+    CHECK(destroy(reference));
+}
+
+// Many more processors than a machine word has bits.
+void many_processors() {
+    constexpr int n = 200;
+    Reference reference;
+    auto* object = new Object();
+    create(reference, object);
+    in_threads(n, [&](int) { CHECK(call(reference, [](Rep& rep) { ++rep.count; })); });
+    CHECK(object->misses == n && object->total() == n);
+    CHECK(processor_count() >= n);
+    CHECK(destroy(reference));
+}
+
+// A destruction inside the object's own call, and while another is inside: the calls finish, each release
+// once.
+void deferred_destruction() {
+    Reference reference;
+    create(reference, new Object());
+    int before = releases;
+    CHECK(call(reference, [&](Rep& rep) {
+        CHECK(destroy(reference));
+        CHECK(releases == before);
+        CHECK(!call(reference, [](Rep&) {}));
+        ++rep.count;
+    }));
+    CHECK(releases == before + 1);
+
+    create(reference, new Object());
+    std::barrier inside(2), marked(2);
+    std::thread caller([&] {
+        CHECK(call(reference, [&](Rep& rep) {
+            inside.arrive_and_wait();
+            marked.arrive_and_wait();
+            ++rep.count;
+        }));
+    });
+    inside.arrive_and_wait();
+    CHECK(destroy(reference));
+    CHECK(releases == before + 1);
+    for (int i = 0; i < 100; ++i) CHECK(!call(reference, [](Rep&) {}));
+    marked.arrive_and_wait();
+    caller.join();
+    CHECK(releases == before + 2);
+    CHECK(reps_alive == 0 && objects_alive == 0);
+}
+
+// Requests that begin after a mark do not hold it up: overlapping ones on two processors, never a gap.
+void later_requests_do_not_delay() {
+    Reference target, other;
+    create(target, new Object());
+    create(other, new Object());
+    int before = releases;
+    std::barrier step(2);
+    std::thread helper([&] {
+        call(target, [&](Rep&) {
+            step.arrive_and_wait();  // inside, before the mark
+            step.arrive_and_wait();  // marked
+        });
+        call(other, [&](Rep&) {
+            step.arrive_and_wait();  // inside, after the mark
+            step.arrive_and_wait();
+        });
+    });
+    step.arrive_and_wait();
+    call(target, [](Rep&) {});
+    CHECK(destroy(target));
+    CHECK(releases == before);
+    step.arrive_and_wait();
+    step.arrive_and_wait();
+    CHECK(releases == before + 1);
+    step.arrive_and_wait();
+    helper.join();
+    CHECK(destroy(other));
+}
+
+// Calls, destructions and creations race over a few references; indices are reused all the time.
+void races() {
+    constexpr int n = 4, slots = 4, rounds = 6000;
+    struct Slot {
+        std::mutex making;  // one creator at a time; destruction and calls take no lock
+        Reference reference;
+    };
+    std::vector<Slot> table(slots);
+    for (Slot& slot : table) create(slot.reference, new Object());
+    in_threads(n, [&](int who) {
+        unsigned random = 12345u + who;
+        for (int i = 0; i < rounds; ++i) {
+            random = random * 1664525u + 1013904223u;
+            Slot& slot = table[random >> 16 & (slots - 1)];
+            if ((random >> 24) % 16 == 0) {
+                std::lock_guard guard(slot.making);
+                if (destroy(slot.reference)) create(slot.reference, new Object());
+            } else if ((random >> 24) % 16 == 1) {
+                Slot& inner = table[random >> 20 & (slots - 1)];
+                call(slot.reference, [&](Rep& rep) {
+                    ++rep.count;
+                    call(inner.reference, [](Rep& nested) { ++nested.count; });
+                });
+            } else {
+                call(slot.reference, [](Rep& rep) { ++rep.count; });
+            }
+        }
+    });
+    for (Slot& slot : table) CHECK(destroy(slot.reference));
+    collect();
+    CHECK(reps_alive == 0 && objects_alive == 0);
+}
+
+// A freed index goes home, under another generation, and is used again.
+void reuse() {
+    std::set<Index> seen;
+    Reference reference;
+    Coid last = 0;
+    for (int i = 0; i < 5000; ++i) {
+        create(reference, new Object());
+        CHECK(reference.coid() != last);
+        last = reference.coid();
+        seen.insert(static_cast<Index>(last));
+        CHECK(destroy(reference));
+    }
+    CHECK(seen.size() == 1);
+    // Freed by another thread: returned to the home processor, which takes it when its own list is empty.
+    for (int i = 0; i < 3; ++i) {
+        std::vector<std::unique_ptr<Reference>> references;
+        for (Index j = 0; j < 2 * page_size; ++j) {
+            references.push_back(std::make_unique<Reference>());
+            create(*references.back(), new Object());
+            seen.insert(static_cast<Index>(references.back()->coid()));
+        }
+        std::thread([&] {
+            for (auto& r : references) CHECK(destroy(*r));
+        }).join();
+    }
+    CHECK(seen.size() <= 4 * page_size);
+    CHECK(reps_alive == 0 && objects_alive == 0);
+}
+
+}  // namespace
+
+int main() {
+    exact_counts();
+    churn();
+    deferred_destruction();
+    later_requests_do_not_delay();
+    races();
+    reuse();
+    many_processors();
+    CHECK(reps_alive == 0 && objects_alive == 0);
+    std::puts("ok");
+}
