@@ -6,6 +6,10 @@ namespace {
 int exec(PyObject* module) {
     using namespace k42::edge;
     if (add_reference(module) < 0) return -1;
+#ifdef __linux__
+    if (add_vm(module) < 0) return -1;
+    if (add_experiments(module) < 0) return -1;
+#endif
     return 0;
 }
 

@@ -1,0 +1,75 @@
+#include "vm/affinity.hpp"
+
+#include <unistd.h>
+
+#include <cstdio>
+
+namespace k42::vm {
+
+namespace {
+
+bool only(const cpu_set_t& mask, int cpu) { return CPU_COUNT(&mask) == 1 && CPU_ISSET(cpu, &mask); }
+
+}  // namespace
+
+void StickyAffinity::fault(pid_t pid, pid_t tid, uint64_t now) {
+    for (Thread& thread : threads_) {
+        if (thread.tid != tid) continue;
+        if (now - thread.last > kGap && !thread.held) thread.faults = 0;
+        thread.last = now;
+        if (++thread.faults == kBurst) {
+            hold(thread);
+            kept_ += thread.held;
+        }
+        return;
+    }
+    Thread thread{};
+    thread.pid = pid;
+    thread.tid = tid;
+    thread.last = now;
+    thread.faults = 1;
+    threads_.push_back(thread);
+}
+
+void StickyAffinity::hold(Thread& thread) const {
+    // The number comes from Linux, but as its process numbers threads: make sure it is that process's thread here.
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/task/%d", thread.pid, thread.tid);
+    if (access(path, F_OK) != 0) return;
+    if (sched_getaffinity(thread.tid, sizeof thread.own, &thread.own) != 0) return;
+    // Its program, or the server of another CPU, has decided already; or never wants it here.
+    if (CPU_COUNT(&thread.own) < 2 || !CPU_ISSET(cpu_, &thread.own)) return;
+    cpu_set_t here;
+    CPU_ZERO(&here);
+    CPU_SET(cpu_, &here);
+    thread.held = sched_setaffinity(thread.tid, sizeof here, &here) == 0;
+}
+
+void StickyAffinity::give_back(Thread& thread) const {
+    if (!thread.held) return;
+    cpu_set_t mask;
+    // A mask that the program changed meanwhile is left alone.
+    if (sched_getaffinity(thread.tid, sizeof mask, &mask) == 0 && only(mask, cpu_)) {
+        sched_setaffinity(thread.tid, sizeof thread.own, &thread.own);
+    }
+}
+
+bool StickyAffinity::release_idle(uint64_t now) {
+    for (size_t i = 0; i < threads_.size();) {
+        if (now - threads_[i].last < kIdle) {
+            ++i;
+            continue;
+        }
+        give_back(threads_[i]);
+        threads_[i] = threads_.back();
+        threads_.pop_back();
+    }
+    return !threads_.empty();
+}
+
+void StickyAffinity::release_all() {
+    for (Thread& thread : threads_) give_back(thread);
+    threads_.clear();
+}
+
+}  // namespace k42::vm

@@ -1,0 +1,211 @@
+#include "vm/engine.hpp"
+
+#include <errno.h>
+#include <pthread.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "vm/region.hpp"
+
+namespace k42::vm {
+
+namespace {
+
+constexpr int kBatch = 16;  // faults read at once: more than the threads of a client that fault on one CPU
+
+uint64_t now_ns() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return uint64_t(now.tv_sec) * 1'000'000'000 + uint64_t(now.tv_nsec);
+}
+
+}  // namespace
+
+Engine::Engine(std::vector<int> cpus, bool stick) : cpus_(std::move(cpus)), stick_(stick) {
+    for (int cpu : cpus_) servers_.push_back(std::make_unique<Server>(cpu));
+}
+
+Engine::~Engine() { stop(); }
+
+void Engine::start() {
+    for (size_t i = 0; i < cpus_.size(); ++i) {
+        Server& server = *servers_[i];
+        server.epoll = epoll_create1(EPOLL_CLOEXEC);
+        server.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+        epoll_event event{};
+        event.events = EPOLLIN;
+        event.data.ptr = nullptr;
+        epoll_ctl(server.epoll, EPOLL_CTL_ADD, server.wake, &event);
+        server.thread = std::thread([this, i] { serve(int(i)); });
+    }
+}
+
+void Engine::stop() {
+    if (stopping_.exchange(true)) return;
+    for (auto& server : servers_) {
+        if (server->thread.joinable()) {
+            const uint64_t one = 1;
+            [[maybe_unused]] const auto written = write(server->wake, &one, sizeof one);
+            server->thread.join();
+            close(server->epoll);
+            close(server->wake);
+        }
+        std::lock_guard guard(server->queue_lock);
+        server->stopped = true;
+        for (HandedUp& fault : server->queue) fault.hat->release();
+        server->queue.clear();
+        server->queue_filled.notify_all();
+    }
+}
+
+bool Engine::add(UffdHat* hat, int cpu, pid_t pid) {
+    Server& server = *servers_[cpu];
+    auto client = std::make_unique<Client>(Client{hat, pid, hat->descriptor(cpu)});
+    epoll_event event{};
+    event.events = EPOLLIN;
+    event.data.ptr = client.get();
+    std::lock_guard guard(server.clients_lock);
+    if (epoll_ctl(server.epoll, EPOLL_CTL_ADD, client->uffd, &event) < 0) return false;
+    hat->retain();
+    server.clients.push_back(std::move(client));
+    return true;
+}
+
+void Engine::remove(UffdHat* hat) {
+    for (auto& server : servers_) {
+        std::lock_guard guard(server->clients_lock);
+        for (auto& client : server->clients) {
+            if (client->hat != hat) continue;
+            epoll_ctl(server->epoll, EPOLL_CTL_DEL, client->uffd, nullptr);
+            client->hat->release();
+            client.reset();
+        }
+        std::erase(server->clients, nullptr);
+    }
+}
+
+void Engine::synchronize() {
+    for (auto& server : servers_) {
+        const uint64_t mark = server->passes.load(std::memory_order_seq_cst);
+        if ((mark & 1) == 0) continue;
+        while (server->passes.load(std::memory_order_seq_cst) == mark) sched_yield();
+    }
+}
+
+void Engine::serve(int cpu) {
+    Server& server = *servers_[cpu];
+    cpu_set_t here;
+    CPU_ZERO(&here);
+    CPU_SET(cpus_[cpu], &here);
+    pthread_setaffinity_np(pthread_self(), sizeof here, &here);
+    pthread_setname_np(pthread_self(), ("k42-fault-" + std::to_string(cpus_[cpu])).c_str());
+
+    epoll_event events[kBatch];
+    bool watching = false;  // some threads may have to get their masks back
+    while (!stopping_.load(std::memory_order_relaxed)) {
+        const int ready = epoll_wait(server.epoll, events, kBatch, watching ? 1 : -1);
+        for (int i = 0; i < ready; ++i) {
+            if (!events[i].data.ptr) continue;
+            std::lock_guard guard(server.clients_lock);
+            // Removed between the wait and here? Then the pointer is stale: compare, never follow.
+            auto found = std::find_if(server.clients.begin(), server.clients.end(),
+                                      [&](const auto& c) { return c.get() == events[i].data.ptr; });
+            if (found != server.clients.end()) read_faults(cpu, server, **found);
+        }
+        if (stick_ && (watching || ready > 0)) {
+            watching = server.affinity.release_idle(now_ns());
+            server.kept.store(server.affinity.kept(), std::memory_order_relaxed);
+        }
+    }
+    server.affinity.release_all();
+}
+
+void Engine::read_faults(int cpu, Server& server, Client& client) {
+    uffd_msg messages[kBatch];
+    const ssize_t size = read(client.uffd, messages, sizeof messages);
+    if (size <= 0) {
+        // EAGAIN: the fault went away (a signal, or another's CONTINUE). Anything else: the client is gone; stop
+        // polling it, its connection's end removes it.
+        if (size == 0 || (errno != EAGAIN && errno != EINTR)) {
+            epoll_ctl(server.epoll, EPOLL_CTL_DEL, client.uffd, nullptr);
+        }
+        return;
+    }
+    server.passes.fetch_add(1, std::memory_order_seq_cst);
+    const uint64_t now = stick_ ? now_ns() : 0;
+    uint64_t finished = 0;
+    const auto count = uint64_t(size) / sizeof(uffd_msg);
+    for (uint64_t i = 0; i < count; ++i) {
+        if (messages[i].event != UFFD_EVENT_PAGEFAULT) continue;
+        const auto& fault = messages[i].arg.pagefault;
+        if (stick_) server.affinity.fault(client.pid, pid_t(fault.feat.ptid), now);
+        const FaultAt at{client.hat, cpu, fault.address & ~(kPageSize - 1)};
+        if (handle(at)) {
+            ++finished;
+            continue;
+        }
+        client.hat->retain();
+        std::lock_guard guard(server.queue_lock);
+        server.queue.push_back({client.hat, cpu, at.address, client.hat->canonical(cpu, at.address).value_or(0)});
+        server.queue_filled.notify_one();
+    }
+    // Written by this thread alone: no read-modify-write is needed.
+    auto add = [](std::atomic<uint64_t>& counter, uint64_t n) {
+        counter.store(counter.load(std::memory_order_relaxed) + n, std::memory_order_relaxed);
+    };
+    add(server.faults, count);
+    add(server.finished, finished);
+    add(server.handed_up, count - finished);
+    server.passes.fetch_add(1, std::memory_order_release);
+}
+
+bool Engine::handle(const FaultAt& fault) {
+    const auto canonical = fault.hat->canonical(fault.cpu, fault.address);
+    const auto entry = canonical ? fault.hat->regions().lookup(*canonical) : std::nullopt;
+    if (!entry) {
+        fault.hat->fail(fault.cpu, fault.address, kPageSize, "no region is mapped at this address any more");
+        return true;
+    }
+    Region& region = *entry->value;
+    switch (region.gate.try_enter()) {
+        case Gate::Entry::entered:
+            break;
+        case Gate::Entry::stopped:
+            return false;
+        case Gate::Entry::rejected:
+            fault.hat->fail(fault.cpu, fault.address, kPageSize, "its region was being unmapped");
+            return true;
+    }
+    const uint64_t page = region.page_at(*canonical);
+    const Region::Group group = region.group_of(page);
+    const Outcome outcome = region.cache->resolve(fault, page, group.first, group.count);
+    region.gate.leave();
+    return outcome != Outcome::absent && outcome != Outcome::no_frame;
+}
+
+std::optional<HandedUp> Engine::next(int cpu) {
+    Server& server = *servers_[cpu];
+    std::unique_lock guard(server.queue_lock);
+    server.queue_filled.wait(guard, [&] { return server.stopped || !server.queue.empty(); });
+    if (server.stopped) return std::nullopt;
+    HandedUp fault = server.queue.front();
+    server.queue.pop_front();
+    return fault;
+}
+
+Engine::Counts Engine::counts() const {
+    Counts total{};
+    for (const auto& server : servers_) {
+        total.faults += server->faults.load(std::memory_order_relaxed);
+        total.finished += server->finished.load(std::memory_order_relaxed);
+        total.handed_up += server->handed_up.load(std::memory_order_relaxed);
+        total.kept += server->kept.load(std::memory_order_relaxed);
+    }
+    return total;
+}
+
+}  // namespace k42::vm

@@ -1,0 +1,101 @@
+// The fault engine: one server thread a CPU, pinned there, that reads the faults of its CPU from every client's
+// userfaultfd of that CPU and finishes them where all that is needed is at hand. What it cannot finish (a store,
+// memory pressure, a stopped Region) it hands up to the Python objects, whose worker threads take it from next().
+//
+// It walks the native halves of the same objects that the Python way calls, in the same order: HAT, Process,
+// Region, FCM, PM (paper, figure 2).
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "vm/affinity.hpp"
+#include "vm/file_cache.hpp"
+#include "vm/hat.hpp"
+
+namespace k42::vm {
+
+// What the fault of one thread needs from Python. Holds a reference to the HAT.
+struct HandedUp {
+    Hat* hat;
+    int cpu;
+    uint64_t address;    // of the window, page-aligned
+    uint64_t canonical;
+};
+
+class Engine {
+  public:
+    struct Counts {
+        uint64_t faults, finished, handed_up, kept;  // faults read; finished here; given to Python; bursts kept on the CPU
+    };
+
+    // `cpus`: the numbers of the CPUs to serve, one server thread each. `stick`: keep bursts on their CPU.
+    Engine(std::vector<int> cpus, bool stick);
+    ~Engine();
+    Engine(const Engine&) = delete;
+    Engine& operator=(const Engine&) = delete;
+
+    void start();
+    // Ends the server threads; next() returns nothing from then on.
+    void stop();
+
+    // Serves the HAT's userfaultfd of this CPU (an index into cpus), of process `pid`, until remove().
+    bool add(UffdHat* hat, int cpu, pid_t pid);
+    // After it, no server thread uses the HAT or what it leads to. Hand-ups in the queue keep their reference.
+    void remove(UffdHat* hat);
+    // Returns when every server thread has left what it was in at the call: what was unlinked before is unused.
+    void synchronize();
+
+    // Resolves one fault on the calling thread. False: it is Python's to finish.
+    static bool handle(const FaultAt& fault);
+
+    // A fault handed up on this CPU; waits for one. Nothing after stop().
+    std::optional<HandedUp> next(int cpu);
+
+    const std::vector<int>& cpus() const { return cpus_; }
+    Counts counts() const;
+
+  private:
+    struct Client {
+        UffdHat* hat;
+        pid_t pid;
+        int uffd;
+    };
+
+    // What one server thread has; a cache line of its own for what it writes.
+    struct alignas(64) Server {
+        explicit Server(int cpu) : affinity(cpu) {}
+
+        std::atomic<uint64_t> passes{0};  // odd while it handles faults
+        std::atomic<uint64_t> faults{0}, finished{0}, handed_up{0}, kept{0};
+        StickyAffinity affinity;
+        int epoll = -1;
+        int wake = -1;
+        std::thread thread;
+
+        std::mutex clients_lock;  // protects clients; held while a server handles one client's faults
+        std::vector<std::unique_ptr<Client>> clients;
+
+        std::mutex queue_lock;  // protects queue and stopped; a leaf
+        std::condition_variable queue_filled;
+        std::deque<HandedUp> queue;
+        bool stopped = false;
+    };
+
+    void serve(int cpu);
+    void read_faults(int cpu, Server& server, Client& client);
+
+    const std::vector<int> cpus_;
+    const bool stick_;
+    std::vector<std::unique_ptr<Server>> servers_;
+    std::atomic<bool> stopping_{false};
+};
+
+}  // namespace k42::vm

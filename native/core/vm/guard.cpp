@@ -1,0 +1,193 @@
+#include "vm/guard.hpp"
+
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "vm/status_page.hpp"
+#include "vm/uffd.hpp"
+
+namespace k42::vm {
+
+namespace {
+
+std::atomic<WindowRecord*> windows{nullptr};
+std::mutex windows_lock;  // protects the list against writers; readers (the handler) take nothing
+struct sigaction previous;
+
+// snprintf is not async-signal-safe; this is.
+class Line {
+  public:
+    Line& text(const char* s) {
+        while (*s && size_ < sizeof buffer_) buffer_[size_++] = *s++;
+        return *this;
+    }
+    Line& number(uint64_t n, unsigned base) {
+        char digits[24];
+        int count = 0;
+        do {
+            digits[count++] = "0123456789abcdef"[n % base];
+            n /= base;
+        } while (n);
+        while (count && size_ < sizeof buffer_) buffer_[size_++] = digits[--count];
+        return *this;
+    }
+    void print() const { [[maybe_unused]] const auto written = write(STDERR_FILENO, buffer_, size_); }
+
+  private:
+    char buffer_[640];
+    size_t size_ = 0;
+};
+
+void explain(uint64_t address) {
+    for (WindowRecord* w = windows.load(std::memory_order_acquire); w; w = w->next) {
+        const uint64_t base = w->base.load(std::memory_order_acquire);
+        if (base == 0 || address - base >= w->length) continue;
+        const char* reason = "the page could not be had";
+        const FailureRecord* failure = StatusPage::find(w->status, address);
+        if (w->abandoned->load(std::memory_order_relaxed)) {
+            reason = "the kernel (k42 serve) that served it is gone and none took over";
+        } else if (failure) {
+            reason = failure->reason;
+        }
+        Line()
+            .text("k42: bus error in the mapping of ")
+            .text(w->name)
+            .text(", offset ")
+            .number(w->offset + (address - base), 10)
+            .text(" (address 0x")
+            .number(address, 16)
+            .text("): ")
+            .text(reason)
+            .text("\n")
+            .print();
+        return;
+    }
+}
+
+void on_sigbus(int number, siginfo_t* info, void* context) {
+    const int error = errno;
+    explain(reinterpret_cast<uint64_t>(info->si_addr));
+    errno = error;
+    if (previous.sa_flags & SA_SIGINFO) {
+        previous.sa_sigaction(number, info, context);
+    } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
+        previous.sa_handler(number);
+    } else {
+        signal(number, SIG_DFL);  // on return the access happens again, and ends the process
+    }
+}
+
+void install_handler() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        struct sigaction action{};
+        action.sa_sigaction = on_sigbus;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        sigaction(SIGBUS, &action, &previous);
+    });
+}
+
+}  // namespace
+
+WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, const std::string& name,
+                          const void* status, const std::atomic<bool>* abandoned) {
+    install_handler();
+    std::lock_guard guard(windows_lock);
+    WindowRecord* record = windows.load(std::memory_order_relaxed);
+    while (record && record->base.load(std::memory_order_relaxed) != 0) record = record->next;
+    const bool fresh = record == nullptr;
+    if (fresh) record = new WindowRecord;
+    record->length = length;
+    record->offset = offset;
+    record->status = status;
+    record->abandoned = abandoned;
+    std::strncpy(record->name, name.c_str(), sizeof record->name - 1);
+    record->base.store(base, std::memory_order_release);
+    if (fresh) {
+        record->next = windows.load(std::memory_order_relaxed);
+        windows.store(record, std::memory_order_release);
+    }
+    return record;
+}
+
+void unlist_window(WindowRecord* record) { record->base.store(0, std::memory_order_release); }
+
+Guard::Guard(int socket, int grace_ms)
+    : socket_(socket), grace_ms_(grace_ms), wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+    thread_ = std::thread([this] { run(); });
+}
+
+void Guard::watch(int uffd) {
+    std::lock_guard guard(lock_);
+    uffds_.push_back(uffd);
+}
+
+void Guard::add_range(uint64_t base, uint64_t length) {
+    std::lock_guard guard(lock_);
+    ranges_.push_back({base, length});
+}
+
+void Guard::remove_range(uint64_t base) {
+    std::lock_guard guard(lock_);
+    std::erase_if(ranges_, [&](const Range& r) { return r.base == base; });
+}
+
+void Guard::stop() {
+    if (!thread_.joinable()) return;
+    stopping_.store(true);
+    const uint64_t one = 1;
+    [[maybe_unused]] const auto written = write(wake_, &one, sizeof one);
+    thread_.join();
+    close(wake_);
+}
+
+void Guard::run() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, nullptr);  // signals are the program's, not this thread's
+    pthread_setname_np(pthread_self(), "k42-guard");
+
+    pollfd watched[2] = {{socket_, POLLRDHUP, 0}, {wake_, POLLIN, 0}};
+    while (poll(watched, 2, -1) < 0 || watched[0].revents == 0) {
+        if (stopping_.load()) return;
+    }
+    pollfd stop_only = {wake_, POLLIN, 0};
+    if (poll(&stop_only, 1, grace_ms_) > 0 || stopping_.load()) return;
+    abandon();
+}
+
+void Guard::abandon() {
+    abandoned_->store(true);
+    std::vector<pollfd> polled;
+    while (!stopping_.load()) {
+        {
+            std::lock_guard guard(lock_);
+            polled.assign(1, {wake_, POLLIN, 0});
+            for (int uffd : uffds_) polled.push_back({uffd, POLLIN, 0});
+            // Faults that the dead kernel had read happen again when woken, and are then read here.
+            for (int uffd : uffds_) {
+                for (const Range& range : ranges_) wake_range(uffd, range.base, range.length);
+            }
+        }
+        // One turn a second finds windows and userfaultfds that were added meanwhile.
+        const int ready = poll(polled.data(), polled.size(), 1000);
+        for (size_t i = 1; ready > 0 && i < polled.size(); ++i) {
+            uffd_msg messages[16];
+            if (!(polled[i].revents & POLLIN)) continue;
+            const ssize_t size = read(polled[i].fd, messages, sizeof messages);
+            for (ssize_t k = 0; k < size / ssize_t(sizeof(uffd_msg)); ++k) {
+                const uint64_t page = messages[k].arg.pagefault.address & ~(kPageSize - 1);
+                poison_range(polled[i].fd, page, kPageSize);
+                wake_range(polled[i].fd, page, kPageSize);
+            }
+        }
+    }
+}
+
+}  // namespace k42::vm

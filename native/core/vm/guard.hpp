@@ -1,0 +1,72 @@
+// The client's side of "never a wrong byte": when the kernel has died and none has taken over in time, every access
+// that would need it ends in SIGBUS; and whoever gets a SIGBUS on a mapping reads on stderr which one, and why.
+//
+// No code here needs the interpreter: the thread that waits for a page may hold the GIL.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace k42::vm {
+
+// What the SIGBUS handler knows of one window. Never freed, only reused: a handler may be reading.
+struct WindowRecord {
+    std::atomic<uint64_t> base{0};  // 0: not in use
+    uint64_t length = 0;
+    uint64_t offset = 0;                           // of the file, at `base`
+    const void* status = nullptr;                  // the kernel's StatusPage, as mapped here
+    const std::atomic<bool>* abandoned = nullptr;  // its connection's
+    char name[160] = {};
+    WindowRecord* next = nullptr;
+};
+
+// Lists a window for the SIGBUS handler, which the first call installs before the one that was there.
+WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, const std::string& name,
+                          const void* status, const std::atomic<bool>* abandoned);
+void unlist_window(WindowRecord* record);
+
+// Watches the connection to one kernel, in a thread of its own.
+class Guard {
+  public:
+    // `socket`: the connection; both it and the userfaultfds stay the caller's until stop().
+    Guard(int socket, int grace_ms);
+    ~Guard() { stop(); }
+    Guard(const Guard&) = delete;
+    Guard& operator=(const Guard&) = delete;
+
+    void watch(int uffd);                              // a userfaultfd whose faults the kernel serves
+    void add_range(uint64_t base, uint64_t length);    // a window on one of them
+    void remove_range(uint64_t base);
+    void stop();
+
+    // True once the kernel was given up; in memory that the SIGBUS handler may read for ever.
+    const std::atomic<bool>* abandoned() const { return abandoned_; }
+
+  private:
+    struct Range {
+        uint64_t base;
+        uint64_t length;
+    };
+
+    void run();
+    void abandon();
+
+    const int socket_;
+    const int grace_ms_;
+    const int wake_;
+    std::atomic<bool>* const abandoned_ = new std::atomic<bool>(false);  // leaked on purpose
+    std::atomic<bool> stopping_{false};
+
+    std::mutex lock_;  // protects uffds_ and ranges_; a leaf
+    std::vector<int> uffds_;
+    std::vector<Range> ranges_;
+
+    std::thread thread_;
+};
+
+}  // namespace k42::vm

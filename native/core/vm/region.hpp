@@ -1,0 +1,42 @@
+// The native half of a Region (paper 4.3): which part of which file cache a range of a process's addresses shows,
+// and the gate that every fault on it passes.
+#pragma once
+
+#include <cstdint>
+
+#include "structures/gate.hpp"
+
+namespace k42::vm {
+
+class FileCache;
+class Hat;
+
+struct Region {
+    Region(uint64_t start_, uint64_t pages_, uint64_t first_page_, uint32_t group_, FileCache* cache_, Hat* hat_)
+        : start(start_), pages(pages_), first_page(first_page_), group(group_), cache(cache_), hat(hat_) {}
+
+    const uint64_t start;       // canonical address
+    const uint64_t pages;       // length, in pages of 4 KiB
+    const uint64_t first_page;  // the file's page at `start`
+    const uint32_t group;       // the region's page size, in pages of 4 KiB: what one fault brings in
+    FileCache* const cache;
+    Hat* const hat;
+    Gate gate;
+
+    uint64_t page_at(uint64_t canonical) const { return first_page + (canonical - start) / 4096; }
+
+    // The group of pages that a fault on `page` brings in, clipped to the region.
+    struct Group {
+        uint64_t first;
+        uint32_t count;
+    };
+    Group group_of(uint64_t page) const {
+        uint64_t first = page - page % group;
+        uint64_t end = first + group;
+        if (first < first_page) first = first_page;
+        if (end > first_page + pages) end = first_page + pages;
+        return {first, uint32_t(end - first)};
+    }
+};
+
+}  // namespace k42::vm

@@ -1,0 +1,65 @@
+#include "vm/status_page.hpp"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace k42::vm {
+
+std::unique_ptr<StatusPage> StatusPage::create() {
+    const int fd = memfd_create("k42-status", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0) return nullptr;
+    void* page = MAP_FAILED;
+    // Sealed in size: a client that shrank it would kill the kernel at its next report.
+    if (ftruncate(fd, kBytes) == 0 && fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0) {
+        page = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    }
+    if (page == MAP_FAILED) {
+        const int error = errno;
+        close(fd);
+        errno = error;
+        return nullptr;
+    }
+    return std::unique_ptr<StatusPage>(new StatusPage(fd, static_cast<FailureRecord*>(page)));
+}
+
+StatusPage::~StatusPage() {
+    munmap(records_, kBytes);
+    close(fd_);
+}
+
+void StatusPage::report(uint64_t address, uint64_t length, std::string_view reason) {
+    while (writing_.test_and_set(std::memory_order_acquire)) sched_yield();
+    const uint64_t sequence = 2 * ++next_;
+    FailureRecord& record = records_[next_ % kRecords];
+    record.sequence.store(sequence - 1, std::memory_order_release);
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    record.address = address;
+    record.length = length;
+    const size_t size = std::min(reason.size(), sizeof(record.reason) - 1);
+    std::memcpy(record.reason, reason.data(), size);
+    record.reason[size] = '\0';
+    record.sequence.store(sequence, std::memory_order_release);
+    writing_.clear(std::memory_order_release);
+}
+
+const FailureRecord* StatusPage::find(const void* page, uint64_t address) {
+    const auto* records = static_cast<const FailureRecord*>(page);
+    const FailureRecord* newest = nullptr;
+    uint64_t newest_sequence = 0;
+    for (size_t i = 0; i < kRecords; ++i) {
+        const uint64_t sequence = records[i].sequence.load(std::memory_order_acquire);
+        if (sequence & 1 || sequence <= newest_sequence) continue;
+        if (address - records[i].address >= records[i].length) continue;
+        newest = &records[i];
+        newest_sequence = sequence;
+    }
+    return newest;
+}
+
+}  // namespace k42::vm

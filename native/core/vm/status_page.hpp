@@ -1,0 +1,47 @@
+// One page that the kernel writes and one client reads: why accesses were ended. The client's SIGBUS handler
+// prints it, where neither locks nor memory allocation nor the socket can be used.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string_view>
+
+namespace k42::vm {
+
+struct FailureRecord {
+    std::atomic<uint64_t> sequence;  // 0: never written; odd: being written
+    uint64_t address;
+    uint64_t length;
+    char reason[232];
+};
+
+class StatusPage {
+  public:
+    static constexpr size_t kRecords = 16;
+    static constexpr size_t kBytes = kRecords * sizeof(FailureRecord);
+
+    // The kernel's side: a new sealed memfd; nullptr with errno set. The descriptor stays the object's.
+    static std::unique_ptr<StatusPage> create();
+    ~StatusPage();
+    StatusPage(const StatusPage&) = delete;
+    StatusPage& operator=(const StatusPage&) = delete;
+
+    int descriptor() const { return fd_; }
+    void report(uint64_t address, uint64_t length, std::string_view reason);
+
+    // The client's side: the newest record over `address` in the mapped page; safe in a signal handler.
+    static const FailureRecord* find(const void* page, uint64_t address);
+
+  private:
+    StatusPage(int fd, FailureRecord* records) : fd_(fd), records_(records) {}
+
+    int fd_;
+    FailureRecord* records_;
+    std::atomic_flag writing_;  // protects records_ and next_; a leaf, held for one record
+    uint64_t next_ = 0;
+};
+
+static_assert(StatusPage::kBytes == 4096);
+
+}  // namespace k42::vm

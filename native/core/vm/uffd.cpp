@@ -1,0 +1,108 @@
+#include "vm/uffd.hpp"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef USERFAULTFD_IOC_NEW
+#define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+
+namespace k42::vm {
+
+namespace {
+
+int raw_userfaultfd(bool user_mode_only) {
+    const int flags = O_CLOEXEC | O_NONBLOCK;
+    if (user_mode_only) return int(syscall(SYS_userfaultfd, flags | UFFD_USER_MODE_ONLY));
+    const int fd = int(syscall(SYS_userfaultfd, flags));
+    if (fd >= 0 || errno != EPERM) return fd;
+    // Access to the device node is the other way to the full mode.
+    const int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    if (device < 0) {
+        errno = EPERM;
+        return -1;
+    }
+    const int made = ioctl(device, USERFAULTFD_IOC_NEW, flags);
+    const int error = errno;
+    close(device);
+    errno = error;
+    return made;
+}
+
+// Repeats `call` on the rest of the range while Linux says EAGAIN (the address space is changing under it).
+template <class Call>
+RangeResult repeat(uint64_t start, uint64_t length, Call call) {
+    uint64_t done = 0;
+    for (;;) {
+        int64_t progress = 0;
+        const int error = call(start + done, length - done, progress);
+        if (progress > 0) done += uint64_t(progress);
+        if (error == 0 || done >= length) return {length, 0};
+        if (error != EAGAIN) return {done, error};
+        if (progress <= 0) sched_yield();
+    }
+}
+
+}  // namespace
+
+int open_userfaultfd(bool user_mode_only) {
+    const int fd = raw_userfaultfd(user_mode_only);
+    if (fd < 0) return -errno;
+    uffdio_api api{};
+    api.api = UFFD_API;
+    api.features =
+        UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_POISON;
+    if (ioctl(fd, UFFDIO_API, &api) < 0) {
+        close(fd);
+        return -EOPNOTSUPP;  // EINVAL here means that a feature is missing
+    }
+    return fd;
+}
+
+int register_range(int uffd, uint64_t start, uint64_t length) {
+    uffdio_register request{};
+    request.range = {start, length};
+    request.mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR;
+    return ioctl(uffd, UFFDIO_REGISTER, &request) < 0 ? errno : 0;
+}
+
+RangeResult continue_range(int uffd, uint64_t start, uint64_t length) {
+    return repeat(start, length, [&](uint64_t at, uint64_t size, int64_t& progress) {
+        uffdio_continue request{};
+        request.range = {at, size};
+        const int error = ioctl(uffd, UFFDIO_CONTINUE, &request) < 0 ? errno : 0;
+        progress = request.mapped;
+        return error;
+    });
+}
+
+RangeResult zero_range(int uffd, uint64_t start, uint64_t length) {
+    return repeat(start, length, [&](uint64_t at, uint64_t size, int64_t& progress) {
+        uffdio_zeropage request{};
+        request.range = {at, size};
+        const int error = ioctl(uffd, UFFDIO_ZEROPAGE, &request) < 0 ? errno : 0;
+        progress = request.zeropage;
+        return error;
+    });
+}
+
+RangeResult poison_range(int uffd, uint64_t start, uint64_t length) {
+    return repeat(start, length, [&](uint64_t at, uint64_t size, int64_t& progress) {
+        uffdio_poison request{};
+        request.range = {at, size};
+        const int error = ioctl(uffd, UFFDIO_POISON, &request) < 0 ? errno : 0;
+        progress = request.updated;
+        return error;
+    });
+}
+
+void wake_range(int uffd, uint64_t start, uint64_t length) {
+    uffdio_range range{start, length};
+    ioctl(uffd, UFFDIO_WAKE, &range);
+}
+
+}  // namespace k42::vm

@@ -1,0 +1,278 @@
+// k42._native.Window and Guard: the client's side. A Window is a range of this process's addresses that shows part
+// of a file cache; its faults are served by the kernel process. A Guard watches the connection to that kernel.
+#include <errno.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+
+#include "vm.hpp"
+#include "vm/guard.hpp"
+
+namespace k42::edge {
+
+namespace {
+
+struct GuardValue {
+    GuardValue(int socket, int grace_ms) : guard(socket, grace_ms) {}
+    vm::Guard guard;
+};
+using SelfGuard = Holder<GuardValue>;
+PyTypeObject* guard_type;
+
+PyObject* make_guard(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+    int socket, grace_ms;
+    if (!unpack_new("Guard", args, kwargs, socket, grace_ms)) return nullptr;
+    return SelfGuard::make(type, socket, grace_ms);
+}
+
+void dealloc_guard(PyObject* self) {
+    {
+        Detached detached;
+        SelfGuard::of(self).guard.stop();
+    }
+    SelfGuard::dealloc(self);
+}
+
+PyObject* guard_watch(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    int uffd;
+    if (!unpack("watch", args, nargs, uffd)) return nullptr;
+    SelfGuard::of(self).guard.watch(uffd);
+    Py_RETURN_NONE;
+}
+
+PyObject* guard_stop(PyObject* self, PyObject*) {
+    {
+        Detached detached;
+        SelfGuard::of(self).guard.stop();
+    }
+    Py_RETURN_NONE;
+}
+
+// A range of addresses: reserved from the start, shown and hidden again, freed at the end.
+struct WindowValue {
+    WindowValue(uint64_t base_, uint64_t size_) : base(base_), size(size_), pid(getpid()) {}
+    ~WindowValue() { free(); }
+
+    // The addresses lead nowhere, but stay this object's.
+    bool hide() {
+        if (record) vm::unlist_window(record);
+        record = nullptr;
+        if (guard) SelfGuard::of(guard.get()).guard.remove_range(base);
+        guard = Ref();
+        shown = false;
+        const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+        return mmap(reinterpret_cast<void*>(base), size, PROT_NONE, flags, -1, 0) != MAP_FAILED;
+    }
+    void free() {
+        if (!base || pid != getpid()) return;  // a forked child never had the range
+        if (shown) hide();
+        munmap(reinterpret_cast<void*>(base), size);
+        base = 0;
+    }
+
+    uint64_t base;  // 0 once freed
+    const uint64_t size;
+    const pid_t pid;
+    bool shown = false;
+    bool writable = false;
+    uint64_t delta = 0;   // of the first byte shown to Python, from base
+    uint64_t length = 0;  // bytes shown to Python
+    Ref guard;
+    vm::WindowRecord* record = nullptr;
+    std::atomic<Py_ssize_t> exports{0};
+};
+using Self = Holder<WindowValue>;
+
+WindowValue& window_of(PyObject* self) { return Self::of(self); }
+
+PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+    uint64_t size;
+    if (!unpack_new("Window", args, kwargs, size)) return nullptr;
+    if (size == 0 || size % vm::kPageSize) {
+        PyErr_SetString(PyExc_ValueError, "a window is whole pages");
+        return nullptr;
+    }
+    void* base = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base == MAP_FAILED) return PyErr_SetFromErrno(PyExc_OSError);
+    return Self::make(type, reinterpret_cast<uint64_t>(base), size);
+}
+
+PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    int memfd, uffd;
+    uint64_t offset, delta, length, status;
+    bool writable = false;
+    std::string name;
+    PyObject* guard = nullptr;
+    if (!unpack("show", args, nargs, memfd, offset, writable, delta, length, uffd, guard, name, status)) return nullptr;
+    WindowValue& window = window_of(self);
+    GuardValue* watcher = checked<GuardValue>(guard, guard_type);
+    if (!watcher) return nullptr;
+    if (!window.base || window.shown || delta + length > window.size || delta + length < delta) {
+        PyErr_SetString(PyExc_ValueError, "the window is freed, is shown already, or is too small");
+        return nullptr;
+    }
+    // A reader's mapping is private: Linux refuses to register a shared one of a read-only descriptor, and even an
+    // mprotect() would give it only copies.
+    const int protection = writable ? PROT_READ | PROT_WRITE : PROT_READ;
+    const int flags = (writable ? MAP_SHARED : MAP_PRIVATE) | MAP_NORESERVE | MAP_FIXED;
+    void* base = reinterpret_cast<void*>(window.base);
+    // Not inherited by children: an absent page touched there would put a page of zeros into the shared cache.
+    if (mmap(base, window.size, protection, flags, memfd, off_t(offset)) == MAP_FAILED ||
+        madvise(base, window.size, MADV_DONTFORK) < 0) {
+        const int error = errno;
+        window.hide();
+        errno = error;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    if (const int error = vm::register_range(uffd, window.base, window.size)) {
+        window.hide();
+        errno = error;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    watcher->guard.add_range(window.base, window.size);
+    window.guard = Ref::borrow(guard);
+    window.record = vm::list_window(window.base, window.size, offset, name, reinterpret_cast<const void*>(status),
+                                    watcher->guard.abandoned());
+    window.writable = writable;
+    window.delta = delta;
+    window.length = length;
+    window.shown = true;
+    Py_RETURN_NONE;
+}
+
+PyObject* hide(PyObject* self, PyObject*) {
+    WindowValue& window = window_of(self);
+    if (window.exports.load() > 0) {
+        PyErr_SetString(PyExc_BufferError, "cannot close exported pointers exist");
+        return nullptr;
+    }
+    if (window.pid == getpid() && window.base && window.shown && !window.hide()) return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
+}
+
+PyObject* free_window(PyObject* self, PyObject*) {
+    WindowValue& window = window_of(self);
+    if (window.exports.load() > 0) {
+        PyErr_SetString(PyExc_BufferError, "cannot close exported pointers exist");
+        return nullptr;
+    }
+    window.free();
+    Py_RETURN_NONE;
+}
+
+int get_buffer(PyObject* self, Py_buffer* view, int flags) {
+    WindowValue& window = window_of(self);
+    if (window.pid != getpid()) {
+        PyErr_SetString(PyExc_BufferError,
+                        "this mapping belongs to the parent process: open it again in the forked child");
+        return -1;
+    }
+    window.exports.fetch_add(1);
+    if (!window.shown) {
+        window.exports.fetch_sub(1);
+        PyErr_SetString(PyExc_ValueError, "mapping closed");
+        return -1;
+    }
+    auto* start = reinterpret_cast<void*>(window.base + window.delta);
+    if (PyBuffer_FillInfo(view, self, start, Py_ssize_t(window.length), !window.writable, flags) < 0) {
+        window.exports.fetch_sub(1);
+        return -1;
+    }
+    return 0;
+}
+
+void release_buffer(PyObject* self, Py_buffer*) { window_of(self).exports.fetch_sub(1); }
+
+Py_ssize_t length(PyObject* self) {
+    const WindowValue& window = window_of(self);
+    if (!window.shown) {
+        PyErr_SetString(PyExc_ValueError, "mapping closed");
+        return -1;
+    }
+    return Py_ssize_t(window.length);
+}
+
+PyObject* get_base(PyObject* self, void*) { return PyLong_FromUnsignedLongLong(window_of(self).base); }
+PyObject* get_exports(PyObject* self, void*) { return PyLong_FromSsize_t(window_of(self).exports.load()); }
+PyObject* get_shown(PyObject* self, void*) { return PyBool_FromLong(window_of(self).shown); }
+
+PyObject* open_userfaultfd(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+    bool user_mode_only;
+    if (!unpack("open_userfaultfd", args, nargs, user_mode_only)) return nullptr;
+    const int fd = vm::open_userfaultfd(user_mode_only);
+    if (fd >= 0) return PyLong_FromLong(fd);
+    errno = -fd;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+PyObject* current_cpu(PyObject*, PyObject*) { return PyLong_FromLong(sched_getcpu()); }
+
+// Maps the kernel's status page, for good: the SIGBUS handler may read it at any time.
+PyObject* map_status(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+    int memfd;
+    if (!unpack("map_status", args, nargs, memfd)) return nullptr;
+    void* page = mmap(nullptr, vm::StatusPage::kBytes, PROT_READ, MAP_SHARED, memfd, 0);
+    if (page == MAP_FAILED) return PyErr_SetFromErrno(PyExc_OSError);
+    return PyLong_FromUnsignedLongLong(reinterpret_cast<uint64_t>(page));
+}
+
+PyMethodDef guard_methods[] = {
+    {"watch", fast(guard_watch), METH_FASTCALL, "watch(uffd): take its faults over when the kernel is given up."},
+    {"stop", guard_stop, METH_NOARGS, "End the watching thread."},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyMethodDef methods[] = {
+    {"show", fast(show), METH_FASTCALL,
+     "show(memfd, offset, writable, delta, length, uffd, guard, name, status): map the file cache here."},
+    {"hide", hide, METH_NOARGS, "Unmap; the addresses stay reserved. BufferError while buffers are exported."},
+    {"free", free_window, METH_NOARGS, "Give the addresses back."},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyMethodDef functions[] = {
+    {"open_userfaultfd", fast(open_userfaultfd), METH_FASTCALL, "open_userfaultfd(user_mode_only): its descriptor."},
+    {"current_cpu", current_cpu, METH_NOARGS, "The number of the CPU that runs the calling thread."},
+    {"map_status", fast(map_status), METH_FASTCALL, "map_status(memfd): the address of the kernel's status page."},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyGetSetDef properties[] = {
+    {"base", get_base, nullptr, "The window's first address; 0 once freed.", nullptr},
+    {"exports", get_exports, nullptr, "How many buffers are exported.", nullptr},
+    {"shown", get_shown, nullptr, "Whether it shows a file cache.", nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
+
+PyType_Slot guard_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(make_guard)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(dealloc_guard)},
+    {Py_tp_methods, guard_methods},
+    {Py_tp_doc, const_cast<char*>("Guard(socket, grace_ms, /)\n\nWatches the connection to a kernel.")},
+    {0, nullptr},
+};
+PyType_Slot slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(make)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(Self::dealloc)},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, properties},
+    {Py_bf_getbuffer, reinterpret_cast<void*>(get_buffer)},
+    {Py_bf_releasebuffer, reinterpret_cast<void*>(release_buffer)},
+    {Py_sq_length, reinterpret_cast<void*>(length)},
+    {Py_tp_doc, const_cast<char*>("Window(size, /)\n\nA range of addresses that can show a file cache.")},
+    {0, nullptr},
+};
+
+PyType_Spec guard_spec = {"k42._native.Guard", sizeof(SelfGuard), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+                          guard_slots};
+PyType_Spec spec = {"k42._native.Window", sizeof(Self), 0,
+                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_BASETYPE, slots};
+
+}  // namespace
+
+int add_window(PyObject* module) {
+    guard_type = add_type(module, &guard_spec);
+    if (!guard_type || !add_type(module, &spec)) return -1;
+    return PyModule_AddFunctions(module, functions);
+}
+
+}  // namespace k42::edge

@@ -1,0 +1,5 @@
+"""``python -m k42``."""
+
+from k42.cli import main
+
+main()

@@ -1,0 +1,41 @@
+"""The virtual memory system: files and anonymous memory as real memory, from one page cache, within a hard budget.
+
+A *kernel* process (``k42 serve``, or started by the first client) owns the page cache; clients map it and their page
+faults are served by the kernel's objects: Process, Region, FCM, PM, Global PM, FR and HAT of the paper's section 4.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from k42.vm.errors import (
+    KernelUnavailable,
+    OutOfFrames,
+    ProtocolError,
+    StoreError,
+    Unsupported,
+    UserModeOnlyWarning,
+)
+
+if not sys.platform.startswith("linux"):
+    raise Unsupported(f"k42.vm needs Linux (userfaultfd); this is {sys.platform}. The rest of k42 works here.")
+
+from k42.vm.client import Client, anonymous, connect, open
+from k42.vm.launch import KernelProcess, launch
+from k42.vm.mapping import Mapping
+
+__all__ = [
+    "Client",
+    "KernelProcess",
+    "KernelUnavailable",
+    "Mapping",
+    "OutOfFrames",
+    "ProtocolError",
+    "StoreError",
+    "Unsupported",
+    "UserModeOnlyWarning",
+    "anonymous",
+    "connect",
+    "launch",
+    "open",
+]

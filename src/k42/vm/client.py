@@ -1,0 +1,409 @@
+"""A client: this process's connection to a kernel, through which it maps files and anonymous memory."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat as stat_module
+import threading
+import warnings
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import k42
+from k42 import _native
+from k42.vm import protocol
+from k42.vm.errors import KernelUnavailable, ProtocolError, Unsupported, UserModeOnlyWarning
+from k42.vm.launch import launch
+from k42.vm.mapping import Mapping
+from k42.vm.protocol import MAX_GROUP, PAGE, Message
+
+_LINGER = 3.0  # seconds that an embedded kernel waits for another client
+_TRIES = 3  # a kernel found may be about to end
+
+_CURES = """any one of these gives it:
+  - run as root, or with the capability CAP_SYS_PTRACE
+  - sysctl vm.unprivileged_userfaultfd=1
+  - read and write access to /dev/userfaultfd (chown or chmod, as root)
+  - in a container: a seccomp profile that allows userfaultfd (Docker: --security-opt seccomp=unconfined, or
+    --cap-add SYS_PTRACE together with one of the above)"""
+
+
+def _open_userfaultfd() -> int:
+    """A userfaultfd in the best mode that this process may have."""
+    try:
+        return _native.open_userfaultfd(False)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            raise Unsupported("k42.vm needs Linux 6.6 or newer (userfaultfd with MINOR_SHMEM and POISON)") from error
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOSYS):
+            raise
+    try:
+        descriptor = _native.open_userfaultfd(True)
+    except OSError as error:
+        raise Unsupported(f"no permission for userfaultfd ({error.strerror}); {_CURES}") from error
+    warnings.warn(
+        "userfaultfd is allowed in user mode only: touching a mapping works, but system calls that are given its "
+        f"memory (read, write, sendfile …) can fail with EFAULT. For the full mode, {_CURES}",
+        UserModeOnlyWarning,
+        stacklevel=2,
+    )
+    return descriptor
+
+
+class Client:
+    """A connection to a kernel. Thread-safe. Closing it closes its mappings.
+
+    Made by `connect`.
+    """
+
+    def __init__(self, connection: socket.socket, grace: float) -> None:
+        # Protects the connection: one request and its reply at a time. Taken by finalizers only if it is free.
+        self._lock = threading.Lock()
+        self._connection = connection
+        self._closed = False
+        self._uffds: dict[int, int] = {}  # CPU index to descriptor
+        self._garbage: collections.deque[tuple[int, int]] = collections.deque()  # windows dropped without close()
+        self._mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
+        _, uid = protocol.peer(connection)
+        if uid != os.getuid():
+            connection.close()
+            raise KernelUnavailable(f"the kernel there belongs to user {uid}, not to you")
+        try:
+            reply, descriptors = self._exchange({"op": "hello", "version": protocol.VERSION}, ())
+            [status] = descriptors
+        except BaseException:
+            connection.close()
+            raise
+        self.kernel_pid: int = reply["pid"]
+        """The kernel's process."""
+        self.budget: int = reply["budget"]
+        """The kernel's budget in bytes."""
+        self._cpus: list[int] = reply["cpus"]
+        self._status = _native.map_status(status)
+        os.close(status)
+        self._guard = _native.Guard(connection.fileno(), int(grace * 1000))
+        _clients.add(self)
+
+    # Requests.
+
+    def _exchange(self, message: Message, descriptors: tuple[int, ...]) -> tuple[Message, list[int]]:
+        """A request and its reply; call with the lock held."""
+        try:
+            protocol.send(self._connection, message, descriptors)
+            reply, received = protocol.receive(self._connection)
+        except (EOFError, OSError) as error:
+            raise KernelUnavailable(
+                f"the kernel has gone away (process {getattr(self, 'kernel_pid', '?')}): its mappings end in SIGBUS; "
+                "open them again with a new client"
+            ) from error
+        if "error" in reply:
+            protocol.close_all(received)
+            raise protocol.to_error(reply)
+        return reply, received
+
+    def _request(self, message: Message, descriptors: tuple[int, ...] = ()) -> tuple[Message, list[int]]:
+        with self._lock:
+            if self._closed:
+                raise KernelUnavailable("this client is closed")
+            self._collect()
+            return self._exchange(message, descriptors)
+
+    def _collect(self) -> None:
+        """Tells the kernel of windows that were dropped; call with the lock held."""
+        while self._garbage:
+            region, base = self._garbage.popleft()
+            self._exchange({"op": "unmap", "region": region, "base": base}, ())
+
+    def _drop(self, region: int, base: int) -> None:
+        """A window was garbage-collected. Never waits: the collector may run anywhere, even inside a request."""
+        self._garbage.append((region, base))
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._closed:
+                    with contextlib.suppress(k42.Error):
+                        self._collect()
+            finally:
+                self._lock.release()
+
+    def _cpu_index(self) -> int:
+        """The kernel's index of the CPU that this thread runs on; with a userfaultfd there."""
+        number = _native.current_cpu()
+        index = self._cpus.index(number) if number in self._cpus else 0
+        with self._lock:
+            if self._closed:
+                raise KernelUnavailable("this client is closed")
+            if index not in self._uffds:
+                descriptor = _open_userfaultfd()
+                try:
+                    self._exchange({"op": "uffd", "cpu": index}, (descriptor,))
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+                self._uffds[index] = descriptor
+                self._guard.watch(descriptor)
+        return index
+
+    # What users call.
+
+    def open(
+        self,
+        path: str | os.PathLike[str],
+        mode: str = "r",
+        offset: int = 0,
+        length: int | None = None,
+        page_size: int | None = None,
+    ) -> Mapping:
+        """Maps a file: real memory, whose page faults the kernel serves from its one page cache.
+
+        Args:
+            path: a regular file.
+            mode: ``"r"``. Writable modes come with write-back.
+            offset: bytes; need not be a multiple of the page size.
+            length: bytes; None: to the end of the file.
+            page_size: bytes that one fault brings in, a power of two from 4096 to 2 MiB; None: 4096.
+
+        Returns:
+            A read-only mapping of exactly these bytes.
+
+        Raises:
+            FileNotFoundError, IsADirectoryError, PermissionError: as ``open`` raises them.
+            ValueError: not a regular file, an empty file, an offset or length outside it, a bad page size.
+            Unsupported: a writable mode.
+            OutOfFrames: a page of this size does not fit the kernel's budget.
+            KernelUnavailable: the kernel is gone.
+        """
+        if mode != "r":
+            if mode in ("r+", "w+", "c"):
+                raise Unsupported(f"mode {mode!r}: files can only be mapped for reading (mode 'r') in this version")
+            raise ValueError(f"mode must be 'r', not {mode!r}")
+        group = _group(page_size)
+        # Non-blocking, lest a FIFO hold us until somebody writes.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            if stat_module.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+            if not stat_module.S_ISREG(status.st_mode):
+                raise ValueError(f"only regular files can be mapped, and {os.fspath(path)!r} is none")
+            if status.st_size == 0:
+                raise ValueError("cannot map an empty file")
+            if offset < 0 or (length is not None and length < 0):
+                raise ValueError("offset and length must not be negative")
+            if offset >= status.st_size:
+                raise ValueError(f"offset {offset} is not before the end of the file ({status.st_size} bytes)")
+            if length is None or length == 0:
+                length = status.st_size - offset
+            if offset + length > status.st_size:
+                raise ValueError(f"offset {offset} and length {length} go past the end of the file ({status.st_size})")
+            # Without the flag from here on: it belongs to the open file, which the kernel will read.
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, 0)
+            request = {"kind": "file", "name": os.path.abspath(path)}
+            return self._map(request, (descriptor,), offset, length, group, writable=False)
+        finally:
+            os.close(descriptor)
+
+    def anonymous(self, nbytes: int, page_size: int | None = None, overcommit: bool = False) -> Mapping:
+        """Maps anonymous memory: zeros until written.
+
+        Args:
+            nbytes: its size.
+            page_size: bytes that one fault brings in, a power of two from 4096 to 2 MiB; None: 4096.
+            overcommit: do not reserve the memory in the kernel's budget now. It costs next to nothing until
+                touched; a touch that finds no frame ends in SIGBUS.
+
+        Returns:
+            A writable mapping.
+
+        Raises:
+            ValueError: a size below one byte, a bad page size.
+            OutOfFrames: it does not fit the kernel's budget.
+            KernelUnavailable: the kernel is gone.
+        """
+        if nbytes < 1:
+            raise ValueError(f"anonymous memory has at least one byte, not {nbytes}")
+        request = {"kind": "anonymous", "overcommit": bool(overcommit)}
+        return self._map(request, (), 0, nbytes, _group(page_size), writable=True)
+
+    def _map(
+        self, request: Message, descriptors: tuple[int, ...], offset: int, length: int, group: int, *, writable: bool
+    ) -> Mapping:
+        first = offset // PAGE
+        delta = offset - first * PAGE
+        size = -(-(delta + length) // PAGE) * PAGE
+        index = self._cpu_index()
+        mapping = Mapping(size)
+        request |= {"op": "map", "cpu": index, "base": mapping.base, "size": size, "first": first, "group": group}
+        reply, [memfd] = self._request(request, descriptors)
+        mapping._attach(self, reply["region"], memfd, index, group * PAGE)
+        self._mappings.add(mapping)
+        name = request.get("name", "anonymous memory")
+        mapping._show(first * PAGE, delta, length, writable, name)
+        return mapping
+
+    def _show(
+        self, mapping: Mapping, memfd: int, index: int, offset: int, delta: int, length: int, writable: bool, name: str
+    ) -> None:
+        mapping.show(memfd, offset, writable, delta, length, self._uffds[index], self._guard, name, self._status)
+
+    def _add_window(self, region: int, base: int, index: int) -> None:
+        """Lists another window of a region, on the CPU with this index."""
+        self._request({"op": "window", "region": region, "cpu": index, "base": base})
+
+    def _remove_window(self, region: int, base: int) -> None:
+        self._request({"op": "unmap", "region": region, "base": base})
+
+    def stat(self) -> dict[str, Any]:
+        """The kernel's counts: budget, frames in use by kind, faults, clients, file caches.
+
+        Raises:
+            KernelUnavailable: the kernel is gone.
+        """
+        reply, _ = self._request({"op": "stat"})
+        stat = reply["stat"]
+        if not isinstance(stat, dict):
+            raise ProtocolError("the kernel's reply has no counts")
+        return stat
+
+    def close(self) -> None:
+        """Closes all mappings and the connection. Twice is once.
+
+        Raises:
+            BufferError: a mapping's memory is in use by an array or memoryview; nothing is closed.
+        """
+        mappings = list(self._mappings)
+        for mapping in mappings:
+            mapping._refuse_exports()
+        for mapping in mappings:
+            mapping.close()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._guard.stop()
+            self._connection.close()
+            for descriptor in self._uffds.values():
+                os.close(descriptor)
+
+    def _after_fork(self) -> None:
+        """In a forked child: the parent's connection, mappings and userfaultfds are the parent's."""
+        self._lock = threading.Lock()
+        self._closed = True
+        self._connection.close()
+        for descriptor in self._uffds.values():
+            os.close(descriptor)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _group(page_size: int | None) -> int:
+    """Pages of 4 KiB in a page of the region."""
+    if page_size is None:
+        return 1
+    if page_size < PAGE or page_size > MAX_GROUP * PAGE or page_size & (page_size - 1):
+        raise ValueError(f"page_size must be a power of two from {PAGE} to {MAX_GROUP * PAGE} bytes, not {page_size}")
+    return page_size // PAGE
+
+
+def connect(socket: str | os.PathLike[str] | None = None, *, grace: float = 5.0) -> Client:
+    """Connects to a kernel.
+
+    Args:
+        socket: where it listens. None: the user's own kernel, which is started when there is none, and ends by
+            itself when its last client has gone.
+        grace: seconds after the death of the kernel until accesses that wait for it end in SIGBUS.
+
+    Raises:
+        KernelUnavailable: none listens there; it is of another version, or of another user.
+        Unsupported: not Linux.
+    """
+    if socket is not None:
+        return Client(_dial(Path(socket)), grace)
+    path = protocol.default_socket()
+    for attempt in range(_TRIES):
+        try:
+            return Client(_dial_or_start(path), grace)
+        except KernelUnavailable as error:
+            if attempt == _TRIES - 1 or not isinstance(error.__cause__, EOFError | OSError):
+                raise
+    raise AssertionError
+
+
+def _dial(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.connect(str(path))
+    except OSError as error:
+        connection.close()
+        raise KernelUnavailable(
+            f"no kernel listens on {path} ({error.strerror}): start one with `k42 serve --socket {path}`"
+        ) from error
+    return connection
+
+
+def _dial_or_start(path: Path) -> socket.socket:
+    """Connects to the user's own kernel; the first who finds none starts it."""
+    with contextlib.suppress(KernelUnavailable):
+        return _dial(path)
+    lock = os.open(path.with_suffix(".start"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(KernelUnavailable):
+            return _dial(path)  # another client has started it meanwhile
+        launch(path, linger=_LINGER)
+        return _dial(path)
+    finally:
+        os.close(lock)
+
+
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+_default: Client | None = None
+_default_lock = threading.Lock()  # protects _default; taken before a client's lock
+
+
+def default_client() -> Client:
+    """The connection that `k42.vm.open` and `k42.vm.anonymous` use, made at the first call."""
+    global _default
+    with _default_lock:
+        if _default is None:
+            _default = connect()
+        return _default
+
+
+def _after_fork_in_child() -> None:
+    global _default, _default_lock
+    _default_lock = threading.Lock()
+    _default = None
+    for client in list(_clients):
+        client._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def open(
+    path: str | os.PathLike[str],
+    mode: str = "r",
+    offset: int = 0,
+    length: int | None = None,
+    page_size: int | None = None,
+) -> Mapping:
+    """Maps a file through the user's own kernel; see `Client.open`."""
+    return default_client().open(path, mode, offset, length, page_size)
+
+
+def anonymous(nbytes: int, page_size: int | None = None, overcommit: bool = False) -> Mapping:
+    """Maps anonymous memory through the user's own kernel; see `Client.anonymous`."""
+    return default_client().anonymous(nbytes, page_size, overcommit)

@@ -1,0 +1,29 @@
+"""The HAT of a real process: one userfaultfd a CPU, made by the client, used by the kernel."""
+
+from __future__ import annotations
+
+import k42
+from k42 import _native
+from k42.vm.hat.interface import Hat
+
+
+class UffdHat(Hat):
+    """Maps pages of memfds into a client process.
+
+    Args of ``create``:
+        id: names the client to the engine's hand-ups.
+        region_map: the process's.
+        cpus: how many CPUs the kernel serves.
+    """
+
+    class Root(k42.SharedRoot):
+        """Holds the native half."""
+
+        def __init__(self, id: int, region_map: _native.RegionMap, cpus: int) -> None:
+            self.hat = _native.UffdHat(id, region_map, cpus)
+
+    root: Root
+
+    def native(self) -> _native.UffdHat:
+        """The native half."""
+        return self.root.hat

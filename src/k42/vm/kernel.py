@@ -1,0 +1,517 @@
+"""The kernel: the server process that owns the page cache and serves the page faults of its clients.
+
+Its main thread answers requests on a Unix socket. One native server thread a CPU reads faults and finishes most of
+them; the rest go to Python worker threads, pinned to the same CPUs, which call the objects.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import itertools
+import logging
+import os
+import resource
+import selectors
+import signal
+import socket
+import stat as stat_module
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import k42
+from k42 import _native
+from k42.vm import protocol
+from k42.vm.errors import KernelUnavailable, OutOfFrames, ProtocolError
+from k42.vm.fcm import FileCacheManager, SharedFCM
+from k42.vm.fr import FileFR, FileRepresentative, ZeroFR
+from k42.vm.hat import Hat, UffdHat
+from k42.vm.pm import Backing, GlobalPageManager, PageManager, ProcessPM, SharedGlobalPM
+from k42.vm.process import Fault, Process, SharedProcess
+from k42.vm.protocol import MAX_GROUP, PAGE, Message
+from k42.vm.region import Region, SharedRegion
+
+log = logging.getLogger("k42.kernel")
+
+_WORKERS_PER_CPU = 2  # one may wait for frames that the other frees
+_UNUSED_FILES = 256  # file caches kept, without any mapping, for the next who opens the file
+_MAX_ANONYMOUS = 1 << 46  # bytes: what fits a user's address space
+
+
+@dataclass
+class _OpenFile:
+    """A file cache in the kernel's table of files."""
+
+    fcm: FileCacheManager
+    inode: tuple[int, int]  # device and number
+    version: tuple[int, int, int]  # size and times of the file when it was opened
+    users: int = 0  # regions that show it
+
+
+@dataclass
+class _Mapped:
+    """A region of a client, and the windows that show it."""
+
+    region: Region
+    fcm: FileCacheManager
+    start: int
+    size: int
+    file: _OpenFile | None  # None: anonymous
+    reserved: int  # frames promised to it
+    windows: dict[int, int] = field(default_factory=dict)  # base address to CPU index
+
+
+@dataclass
+class _Client:
+    """One connected process."""
+
+    id: int
+    connection: socket.socket
+    pid: int
+    pm: PageManager
+    process: Process
+    hat: Hat
+    greeted: bool = False
+    cpus: set[int] = field(default_factory=set)  # indices of the CPUs whose userfaultfd it has handed over
+    regions: dict[int, _Mapped] = field(default_factory=dict)
+
+
+class Kernel:
+    """The objects and the threads of one kernel.
+
+    Args:
+        socket_path: where to listen.
+        budget: bytes of memory for pages; resident pages never exceed it.
+        linger: seconds without a client after which it ends; None: never.
+
+    Raises:
+        KernelUnavailable: another kernel listens there already.
+        ValueError: the budget is below one page.
+    """
+
+    def __init__(self, socket_path: Path, budget: int, linger: float | None) -> None:
+        if budget < PAGE:
+            raise ValueError(f"the budget must be at least one page of {PAGE} bytes, not {budget}")
+        self.budget = budget
+        self.linger = linger
+        self.cpus = sorted(os.sched_getaffinity(0))
+        self._path = socket_path
+        self._global_pm: GlobalPageManager = SharedGlobalPM.create(budget // PAGE)
+        self._engine = _native.Engine(self.cpus, True)
+        self._clients: dict[int, _Client] = {}  # by id; written by the main thread, read by workers
+        self._files: dict[tuple[int, int], _OpenFile] = {}
+        self._unused: collections.OrderedDict[tuple[int, int], None] = collections.OrderedDict()
+        self._ids = itertools.count(1)
+        self._stopping = False
+        self._idle_since = time.monotonic()
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._lock_file, self._listener = self._listen()
+
+    def _listen(self) -> tuple[int, socket.socket]:
+        """The lock that makes this the only kernel of the socket, and the socket."""
+        lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise KernelUnavailable(f"another kernel listens on {self._path} already") from error
+        self._path.unlink(missing_ok=True)  # of a kernel that was killed: with the lock held nobody uses it
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            mask = os.umask(0o177)
+            try:
+                listener.bind(str(self._path))
+            finally:
+                os.umask(mask)
+            listener.listen(128)
+        except OSError as error:
+            listener.close()
+            os.close(lock)
+            raise KernelUnavailable(f"cannot listen on {self._path}: {error.strerror}") from error
+        return lock, listener
+
+    # The life of the kernel.
+
+    def run(self) -> None:
+        """Serves until `stop`, or until no client has been there for `linger` seconds."""
+        self._engine.start()
+        workers = [
+            threading.Thread(target=self._work, args=(index, cpu), name=f"k42-worker-{cpu}", daemon=True)
+            for index, cpu in enumerate(self.cpus)
+            for _ in range(_WORKERS_PER_CPU)
+        ]
+        for worker in workers:
+            worker.start()
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain_wake)
+        log.info("serving on %s, CPUs %s, budget %d bytes, pid %d", self._path, self.cpus, self.budget, os.getpid())
+        try:
+            while not self._stopping:
+                timeout = self._time_to_linger()
+                if timeout is not None and timeout <= 0:
+                    log.info("no client for %s s: done", self.linger)
+                    break
+                for key, _ in self._selector.select(timeout):
+                    if callable(key.data):
+                        key.data()
+                    else:
+                        self._serve(key.data)
+        finally:
+            self._shut_down(workers)
+
+    def stop(self) -> None:
+        """Ends `run`; may be called from a signal handler or another thread."""
+        self._stopping = True
+        with contextlib.suppress(BlockingIOError):
+            self._wake_write.send(b"x")
+
+    def _time_to_linger(self) -> float | None:
+        if self.linger is None or self._clients:
+            return None
+        return self._idle_since + self.linger - time.monotonic()
+
+    def _drain_wake(self) -> None:
+        self._wake_read.recv(64)
+
+    def _shut_down(self, workers: list[threading.Thread]) -> None:
+        self._path.unlink(missing_ok=True)
+        self._listener.close()
+        if self._clients:
+            log.warning("ending while %d clients are connected: their mappings end in SIGBUS", len(self._clients))
+        for client in list(self._clients.values()):
+            self._disconnect(client)
+        self._engine.stop()
+        for worker in workers:
+            worker.join()
+        for file in self._files.values():
+            file.fcm.close()
+        self._selector.close()
+        self._wake_read.close()
+        self._wake_write.close()
+        os.close(self._lock_file)
+        log.info("ended")
+
+    # Faults that the engine hands up.
+
+    def _work(self, index: int, cpu: int) -> None:
+        os.sched_setaffinity(0, {cpu})
+        while (handed_up := self._engine.next(index)) is not None:
+            client_id, _, address, canonical = handed_up
+            client = self._clients.get(client_id)
+            if client is None:
+                continue  # gone, and its faults with it
+            try:
+                client.process.handle_fault(Fault(index, address, canonical))
+            except k42.Destroyed:
+                continue
+            except Exception as error:
+                log.exception("a fault of client %d at %#x", client.pid, address)
+                client.hat.fail(index, address, f"the kernel failed: {type(error).__name__}: {error}")
+
+    # Connections.
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        pid, uid = protocol.peer(connection)
+        if uid != os.getuid():
+            log.warning("refused process %d of user %d", pid, uid)
+            with contextlib.suppress(OSError):
+                error = KernelUnavailable(f"this kernel serves user {os.getuid()} alone")
+                protocol.send(connection, protocol.to_reply(error), flags=socket.MSG_DONTWAIT)
+            connection.close()
+            return
+        client_id = next(self._ids)
+        pm: PageManager = ProcessPM.create(self._global_pm)
+        process = SharedProcess.create(pm)
+        hat = UffdHat.create(client_id, process.region_map(), len(self.cpus))
+        process.attach_hat(hat)
+        client = _Client(client_id, connection, pid, pm, process, hat)
+        self._clients[client_id] = client
+        self._selector.register(connection, selectors.EVENT_READ, client)
+
+    def _serve(self, client: _Client) -> None:
+        """One request of a client; whatever is wrong with it ends in a reply or in a disconnection."""
+        descriptors: list[int] = []
+        sent: list[int] = []  # ours to close once they are sent
+        try:
+            try:
+                message, descriptors = protocol.receive(client.connection, socket.MSG_DONTWAIT)
+                reply, sent = self._answer(client, message, descriptors)
+            except (k42.Error, ValueError) as error:
+                reply = protocol.to_reply(error)
+            except (KeyError, TypeError, OverflowError) as error:
+                reply = protocol.to_reply(ProtocolError(f"a malformed request: {error!r}"))
+            finally:
+                protocol.close_all(descriptors)  # those that nobody took
+            protocol.send(client.connection, reply, tuple(sent), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass  # nothing to read after all; or a client that does not read its replies, which harms itself alone
+        except (EOFError, OSError):
+            self._disconnect(client)
+        finally:
+            protocol.close_all(sent)
+
+    def _answer(self, client: _Client, message: Message, descriptors: list[int]) -> tuple[Message, list[int]]:
+        operation = message.get("op")
+        if operation == "hello":
+            return self._hello(client, message)
+        if not client.greeted:
+            raise ProtocolError("hello comes first")
+        match operation:
+            case "uffd":
+                return self._take_uffd(client, message, descriptors)
+            case "map":
+                return self._map(client, message, descriptors)
+            case "window":
+                return self._window(client, message)
+            case "unmap":
+                return self._unmap(client, message)
+            case "stat":
+                return {"ok": True, "stat": self.stat()}, []
+            case _:
+                raise ProtocolError(f"unknown request {operation!r}")
+
+    def _hello(self, client: _Client, message: Message) -> tuple[Message, list[int]]:
+        if message["version"] != protocol.VERSION:
+            raise KernelUnavailable(
+                f"the kernel (process {os.getpid()}, k42 {k42.__version__}) speaks protocol {protocol.VERSION}, this "
+                f"client {message['version']}: end that kernel, or connect to another socket"
+            )
+        client.greeted = True
+        native = client.hat.native()
+        assert isinstance(native, _native.UffdHat)
+        reply = {"ok": True, "pid": os.getpid(), "cpus": self.cpus, "budget": self.budget}
+        return reply, [os.dup(native.status_descriptor())]
+
+    def _take_uffd(self, client: _Client, message: Message, descriptors: list[int]) -> tuple[Message, list[int]]:
+        index = self._cpu(message)
+        [descriptor] = descriptors
+        if os.readlink(f"/proc/self/fd/{descriptor}") != "anon_inode:[userfaultfd]":
+            raise ProtocolError("that is no userfaultfd")
+        native = client.hat.native()
+        assert isinstance(native, _native.UffdHat)
+        if index in client.cpus or not native.attach_uffd(index, descriptor):
+            raise ProtocolError("this CPU has a userfaultfd already")
+        descriptors.clear()  # the HAT's now
+        client.cpus.add(index)
+        self._engine.add(native, index, client.pid)
+        return {"ok": True}, []
+
+    def _cpu(self, message: Message) -> int:
+        index = message["cpu"]
+        if not isinstance(index, int) or not 0 <= index < len(self.cpus):
+            raise ProtocolError(f"no CPU {index!r}")
+        return index
+
+    # Mappings.
+
+    def _map(self, client: _Client, message: Message, descriptors: list[int]) -> tuple[Message, list[int]]:
+        index = self._cpu(message)
+        base, size, first, group = (int(message[key]) for key in ("base", "size", "first", "group"))
+        if index not in client.cpus:
+            raise ProtocolError("this CPU has no userfaultfd")
+        if base % PAGE or size <= 0 or size % PAGE or base + size > 1 << 57 or first < 0:
+            raise ProtocolError("a mapping is whole pages")
+        if not 1 <= group <= MAX_GROUP or group & (group - 1):
+            raise ValueError(f"page_size must be a power of two from {PAGE} to {MAX_GROUP * PAGE} bytes")
+        if base in client.regions:
+            raise ProtocolError("the addresses overlap another mapping")
+        file = None
+        if message["kind"] == "file":
+            [descriptor] = descriptors
+            self._global_pm.promise_file(max(group, self._global_pm.cluster()))
+            file = self._open_file(descriptor, str(message["name"]), descriptors)
+            fcm, reserved = file.fcm, 0
+        else:
+            fcm, reserved = self._make_anonymous(size, group, overcommit=bool(message["overcommit"]))
+        try:
+            region = SharedRegion.create(fcm, client.hat, base, size // PAGE, first, group)
+        except BaseException:
+            self._let_go(fcm, file, reserved)
+            raise
+        mapped = _Mapped(region, fcm, base, size, file, reserved)
+        try:
+            if not client.process.attach_region(base, region) or not client.hat.add_window(index, base, size, base):
+                raise ProtocolError("the addresses overlap another mapping")
+            mapped.windows[base] = index
+            fcm.native().attach(region.native())
+            sent = self._descriptor(fcm, writable=file is None)
+        except BaseException:
+            self._destroy(client, mapped)
+            raise
+        client.regions[base] = mapped
+        return {"ok": True, "region": base}, [sent]
+
+    def _make_anonymous(self, size: int, group: int, *, overcommit: bool) -> tuple[FileCacheManager, int]:
+        """A file cache of zeros, and the frames promised to it."""
+        if size > _MAX_ANONYMOUS:
+            raise ValueError(f"anonymous memory of {size} bytes does not fit an address space")
+        reserved = 0
+        if not overcommit:
+            self._global_pm.reserve(size // PAGE)
+            reserved = size // PAGE
+        elif group > self.budget // PAGE:
+            raise OutOfFrames("one page of this size is larger than the kernel's budget: ask for a smaller page_size")
+        backing = Backing.OVERCOMMITTED if overcommit else Backing.RESERVED
+        return SharedFCM.create(self._global_pm, ZeroFR.create(size), backing), reserved
+
+    def _descriptor(self, fcm: FileCacheManager, *, writable: bool) -> int:
+        """The memfd for a client: readers get one that Linux itself lets nobody write through."""
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        return os.open(f"/proc/self/fd/{fcm.memfd()}", flags | os.O_CLOEXEC)
+
+    def _open_file(self, descriptor: int, name: str, descriptors: list[int]) -> _OpenFile:
+        """The file cache of this file, the same for all who open it; takes the descriptor over when it is new."""
+        status = os.fstat(descriptor)
+        mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        if not stat_module.S_ISREG(status.st_mode) or mode == os.O_WRONLY:
+            raise ProtocolError("a file mapping needs a regular file, open for reading")
+        if status.st_size == 0:
+            raise ValueError("cannot map an empty file")
+        inode = (status.st_dev, status.st_ino)
+        version = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        file = self._files.get(inode)
+        if file is not None and file.version != version:
+            # It changed since: nobody new sees the old pages; those who map them keep them.
+            del self._files[inode]
+            self._unused.pop(inode, None)
+            if file.users == 0:
+                self._close_file(file)
+            file = None
+        if file is None:
+            fr: FileRepresentative = FileFR.create(descriptor, name)
+            descriptors.clear()  # the FR's now
+            fcm: FileCacheManager = SharedFCM.create(self._global_pm, fr, Backing.FILE)
+            self._global_pm.attach_fcm(fcm)
+            file = self._files[inode] = _OpenFile(fcm, inode, version)
+        file.users += 1
+        self._unused.pop(inode, None)
+        return file
+
+    def _let_go(self, fcm: FileCacheManager, file: _OpenFile | None, reserved: int) -> None:
+        """One region less shows this file cache."""
+        if file is None:
+            fcm.close()
+            k42.destroy(fcm)
+            self._global_pm.unreserve(reserved)
+            return
+        file.users -= 1
+        if file.users:
+            return
+        if self._files.get(file.inode) is not file:
+            self._close_file(file)  # of a former version of the file
+            return
+        self._unused[file.inode] = None
+        if len(self._unused) > _UNUSED_FILES:
+            oldest, _ = self._unused.popitem(last=False)
+            self._close_file(self._files.pop(oldest))
+
+    def _close_file(self, file: _OpenFile) -> None:
+        self._global_pm.detach_fcm(file.fcm)
+        file.fcm.close()
+        k42.destroy(file.fcm)
+
+    def _window(self, client: _Client, message: Message) -> tuple[Message, list[int]]:
+        index = self._cpu(message)
+        mapped = client.regions[int(message["region"])]
+        base = int(message["base"])
+        if index not in client.cpus or base in mapped.windows:
+            raise ProtocolError("this CPU has no userfaultfd, or the window is there already")
+        if base % PAGE or not client.hat.add_window(index, base, mapped.size, mapped.start):
+            raise ProtocolError("the window overlaps another")
+        mapped.windows[base] = index
+        return {"ok": True}, []
+
+    def _unmap(self, client: _Client, message: Message) -> tuple[Message, list[int]]:
+        start, base = int(message["region"]), int(message["base"])
+        mapped = client.regions[start]
+        client.hat.remove_window(mapped.windows.pop(base), base, mapped.size)
+        if not mapped.windows:
+            del client.regions[start]
+            self._destroy(client, mapped)
+        return {"ok": True}, []
+
+    def _destroy(self, client: _Client, mapped: _Mapped) -> None:
+        """Ends a region: no fault is inside, none can come, then all that it had goes."""
+        mapped.region.shutdown()
+        for base, index in mapped.windows.items():
+            client.hat.remove_window(index, base, mapped.size)
+        client.process.detach_region(mapped.start)
+        self._engine.synchronize()
+        mapped.fcm.native().detach(mapped.region.native())
+        self._let_go(mapped.fcm, mapped.file, mapped.reserved)
+        k42.destroy(mapped.region)
+
+    def _disconnect(self, client: _Client) -> None:
+        """A client is gone, by its will or not: frees all that it had."""
+        self._selector.unregister(client.connection)
+        client.connection.close()
+        del self._clients[client.id]
+        native = client.hat.native()
+        self._engine.remove(native)
+        regions = list(client.regions.values())
+        client.regions.clear()
+        for mapped in regions:
+            self._destroy(client, mapped)
+        for object_ in (client.process, client.pm, client.hat):
+            k42.destroy(object_)
+        self._idle_since = time.monotonic()
+
+    def stat(self) -> dict[str, Any]:
+        """Counts of everything: budget, frames by kind, faults, clients, file caches."""
+        fcms = {mapped.fcm: None for client in self._clients.values() for mapped in client.regions.values()}
+        fcms.update({file.fcm: None for file in self._files.values()})
+        return {
+            "pid": os.getpid(),
+            "version": k42.__version__,
+            "budget": self.budget,
+            "frames": self._global_pm.usage(),
+            "engine": self._engine.counts(),
+            "clients": [{"pid": c.pid, "regions": len(c.regions)} for c in self._clients.values() if c.greeted],
+            "files": [fcm.stat() for fcm in itertools.islice(fcms, 100)],
+        }
+
+
+def default_budget() -> int:
+    """A quarter of the memory that this machine, or this control group, has; in bytes."""
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no limit set: "max"; no control groups: no file
+        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return limit // 4
+
+
+def serve(socket_path: str | None = None, budget: int | None = None, linger: float | None = None) -> None:
+    """Runs a kernel in this process until SIGINT, SIGTERM, or the end of `linger`.
+
+    Args:
+        socket_path: where to listen; None: the user's own place (see `k42.vm.protocol.default_socket`).
+        budget: bytes of memory for pages; None: a quarter of the machine's.
+        linger: seconds without a client after which to end; None: never.
+
+    Raises:
+        KernelUnavailable: another kernel listens there already.
+        ValueError: the budget is below one page.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two descriptors a file, one a client and CPU
+    path = Path(socket_path) if socket_path else protocol.default_socket()
+    kernel = Kernel(path, default_budget() if budget is None else budget, linger)
+
+    def on_signal(number: int, _: object) -> None:
+        log.info("%s: ending", signal.Signals(number).name)
+        kernel.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    kernel.run()

@@ -1,0 +1,105 @@
+"""Starting a kernel process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from k42.vm.errors import KernelUnavailable
+
+_START_LIMIT = 30.0  # seconds
+
+
+class KernelProcess:
+    """A kernel started by this process, in a process and a session of its own.
+
+    Attributes:
+        socket: where it listens.
+        pid: its process.
+        log: the file that it logs to.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], socket_path: Path, log: Path) -> None:
+        self._process = process
+        self.socket = socket_path
+        self.pid = process.pid
+        self.log = log
+
+    def stop(self) -> int:
+        """Ends it cleanly; its exit status (0: clean)."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        return self._process.wait()
+
+    def kill(self) -> None:
+        """Ends it at once, as ``kill -9`` does."""
+        self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> KernelProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def launch(
+    socket: str | os.PathLike[str], budget: int | None = None, linger: float | None = None
+) -> KernelProcess:
+    """Starts ``k42 serve`` and returns when it answers.
+
+    Args:
+        socket: where it shall listen; its log stands beside it (``.log``).
+        budget: bytes of memory for pages; None: a quarter of the machine's.
+        linger: seconds without a client after which it ends by itself; None: never.
+
+    Raises:
+        KernelUnavailable: it ended at once, or does not answer; the message says where its log is.
+    """
+    path = Path(socket)
+    log = path.with_suffix(".log")
+    command = [sys.executable, "-m", "k42", "serve", "--socket", str(path)]
+    if budget is not None:
+        command += ["--budget", str(budget)]
+    if linger is not None:
+        command += ["--linger", str(linger)]
+    with open(log, "ab", opener=_private) as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, close_fds=True
+        )
+    deadline = time.monotonic() + _START_LIMIT
+    while not _answers(path):
+        if process.poll() is not None:
+            raise KernelUnavailable(f"the kernel ended with status {process.returncode}; its log: {log}\n{_tail(log)}")
+        if time.monotonic() > deadline:
+            process.kill()
+            process.wait()
+            raise KernelUnavailable(f"the kernel did not answer within {_START_LIMIT:g} s; its log: {log}\n{_tail(log)}")
+        time.sleep(0.01)
+    return KernelProcess(process, path, log)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe, contextlib.suppress(OSError):
+        probe.connect(str(path))
+        return True
+    return False
+
+
+def _tail(log: Path) -> str:
+    with contextlib.suppress(OSError):
+        return "\n".join(log.read_text(errors="replace").splitlines()[-8:])
+    return ""

@@ -1,0 +1,156 @@
+"""Mapping: what the user holds. Real memory of this process, whose page faults the kernel serves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, overload
+
+from k42 import _native
+from k42.errors import Error
+
+if TYPE_CHECKING:
+    from k42.vm.client import Client
+
+
+class Mapping(_native.Window):
+    """Part of a file, or anonymous memory, as real memory.
+
+    It has the buffer protocol (``memoryview(m)``, ``numpy.asarray(m)``, ``re.search(pattern, m)``), a length, and
+    slices, which are copies (``bytes``). Use it as a context manager, or `close` it; dropping it unmaps it, too.
+
+    Made by `k42.vm.open` and `k42.vm.anonymous`.
+    """
+
+    _client: Client | None = None
+    _parent: Mapping | None = None  # of a local window: the mapping that it belongs to
+    _region = 0
+    _memfd = -1
+    _index = 0
+    _geometry = (0, 0, 0, False, "")
+    page_size = 4096
+    """Bytes that one fault brings in."""
+
+    def _attach(self, client: Client, region: int, memfd: int, index: int, page_size: int) -> None:
+        """What the kernel answered; from here on closing tells it."""
+        self._client = client
+        self._region = region
+        self._memfd = memfd
+        self._index = index
+        self.page_size = page_size
+        self._pid = os.getpid()
+        self._lock = threading.Lock()  # protects _locals; taken before the client's lock
+        self._locals: dict[int, Mapping] = {}  # the windows of other CPUs
+
+    def _show(self, offset: int, delta: int, length: int, writable: bool, name: str) -> None:
+        assert self._client is not None
+        self._geometry = (offset, delta, length, writable, name)
+        self._client._show(self, self._memfd, self._index, offset, delta, length, writable, name)
+
+    def local(self) -> Mapping:
+        """The window of this processor: the same memory at other addresses, whose faults are served on this CPU.
+
+        For threads that share a mapping: each calls this once, on the CPU where it goes on. Made at the first call
+        on a CPU; belongs to the mapping and is closed with it.
+
+        Raises:
+            ValueError: the mapping is closed.
+            KernelUnavailable: the kernel is gone.
+        """
+        if self._parent is not None:
+            return self._parent.local()
+        if self._client is None or not self.shown:
+            raise ValueError("mapping closed")
+        index = self._client._cpu_index()
+        if index == self._index:
+            return self
+        with self._lock:
+            if index in self._locals:
+                return self._locals[index]
+            offset, delta, length, writable, name = self._geometry
+            window = Mapping(-(-(delta + length) // 4096) * 4096)
+            self._client._add_window(self._region, window.base, index)
+            window._parent = self
+            window._client = self._client
+            window._region = self._region
+            window._index = index
+            window._pid = self._pid
+            window.page_size = self.page_size
+            window._geometry = self._geometry
+            self._client._show(window, self._memfd, index, offset, delta, length, writable, name)
+            self._locals[index] = window
+            return window
+
+    def close(self) -> None:
+        """Unmaps, and frees what is the mapping's alone. Twice is once. A local window closes with its mapping.
+
+        Raises:
+            BufferError: an array or memoryview uses the memory; nothing is closed.
+        """
+        if self._parent is not None or self._client is None:
+            return
+        if self._pid != os.getpid():
+            self._client = None  # the parent's: it never was in this process
+            return
+        with self._lock:
+            self._refuse_exports()
+            windows = [*self._locals.values(), self]
+            for window in windows:
+                window.hide()
+            client, self._client = self._client, None
+            self._locals.clear()
+        os.close(self._memfd)
+        try:
+            for window in windows:
+                with contextlib.suppress(Error):  # the kernel is gone, and all that it had for us
+                    client._remove_window(self._region, window.base)
+        finally:
+            for window in windows:
+                window.free()  # last, so that the addresses are not reused while the kernel still knows them
+
+    def _refuse_exports(self) -> None:
+        for window in (*self._locals.values(), self):
+            if window.exports:
+                raise BufferError("cannot close: an array or memoryview uses the memory of the mapping")
+
+    def __del__(self) -> None:
+        client = self._client
+        if client is None or self._parent is not None or self._pid != os.getpid():
+            return
+        # No export is left, or there would be a reference. The collector may run anywhere: nothing here waits.
+        self._client = None
+        os.close(self._memfd)
+        for window in (*self._locals.values(), self):
+            base = window.base
+            window.hide()
+            client._drop(self._region, base)
+
+    @overload
+    def __getitem__(self, key: int) -> int: ...
+    @overload
+    def __getitem__(self, key: slice) -> bytes: ...
+    def __getitem__(self, key: int | slice) -> int | bytes:
+        with memoryview(self) as view:
+            if isinstance(key, slice):
+                return bytes(view[key])
+            value: int = view[key]
+            return value
+
+    def __setitem__(self, key: int | slice, value: int | bytes | bytearray | memoryview) -> None:
+        with memoryview(self) as view:
+            view[key] = value  # type: ignore[index, assignment]
+
+    def __enter__(self) -> Mapping:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        *_, name = self._geometry
+        state = f"{len(self)} bytes" if self.shown else "closed"
+        return f"<k42.vm.Mapping of {name}, {state}>"

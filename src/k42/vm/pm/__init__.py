@@ -1,0 +1,6 @@
+"""Page managers (PM): who may have a frame (paper section 4.2)."""
+
+from k42.vm.pm.global_pm import Backing, GlobalPageManager, SharedGlobalPM
+from k42.vm.pm.process_pm import PageManager, ProcessPM
+
+__all__ = ["Backing", "GlobalPageManager", "PageManager", "ProcessPM", "SharedGlobalPM"]

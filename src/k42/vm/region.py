@@ -1,0 +1,92 @@
+"""Region: a range of a process's addresses that shows part of a file (paper section 4.3).
+
+It turns an address into a file page, and keeps faults apart from the operations that would pull the region away
+under them, by its gate.
+
+What is local, what is shared?
+    `SharedRegion` has one representative: its request counter is written by every fault on every processor, which
+    alone is enough to degrade (figure 9).
+How are representatives made, when do they join?
+    One, at the first call.
+How do local and global operations synchronise?
+    Faults enter and leave the gate; destroying shuts it down and waits for those inside.
+How are they organised?
+    A single one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import k42
+from k42 import _native
+from k42.vm.errors import OutOfFrames, StoreError
+from k42.vm.hat import Hat
+from k42.vm.pm import PageManager
+
+if TYPE_CHECKING:
+    from k42.vm.fcm import FileCacheManager
+    from k42.vm.process import Fault
+
+
+class Region(k42.Object):
+    """The interface."""
+
+    def native(self) -> _native.Region:
+        """The native half: what the fault engine goes through."""
+        raise NotImplementedError
+
+    def handle_fault(self, fault: Fault, hat: Hat, pm: PageManager) -> None:
+        """Finishes a fault in this region, or ends the access with SIGBUS."""
+        raise NotImplementedError
+
+    def shutdown(self) -> None:
+        """Rejects faults from now on, and returns when those inside have left."""
+        raise NotImplementedError
+
+
+class SharedRegion(Region):
+    """The non-distributed Region: one request counter.
+
+    Args of ``create``:
+        fcm: the file cache it shows.
+        hat: the address translation of the process.
+        start: address, in bytes; a page's.
+        pages: length, in pages of 4 KiB.
+        first_page: the file's page at `start`.
+        group: the region's page size, in pages of 4 KiB.
+    """
+
+    class Root(k42.SharedRoot):
+        """Holds the native half, and what it refers to."""
+
+        def __init__(
+            self, fcm: FileCacheManager, hat: Hat, start: int, pages: int, first_page: int, group: int
+        ) -> None:
+            self.fcm = fcm
+            self.region = _native.Region(fcm.native(), hat.native(), start, pages, first_page, group)
+            self.range = (first_page, first_page + pages)
+
+    root: Root
+
+    def native(self) -> _native.Region:
+        """The native half."""
+        return self.root.region
+
+    def handle_fault(self, fault: Fault, hat: Hat, pm: PageManager) -> None:
+        """Finishes a fault; see `Region.handle_fault`."""
+        region = self.root.region
+        if not region.enter():
+            hat.fail(fault.cpu, fault.address, "its region was being unmapped")
+            return
+        try:
+            page, first, count = region.group_of(fault.canonical)
+            self.root.fcm.map_page(fault, hat, pm, page, (first, count), self.root.range)
+        except (OutOfFrames, StoreError) as error:
+            hat.fail(fault.cpu, fault.address, str(error))
+        finally:
+            region.leave()
+
+    def shutdown(self) -> None:
+        """Rejects faults from now on; see `Region.shutdown`."""
+        self.root.region.shutdown()
