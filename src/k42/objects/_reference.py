@@ -1,0 +1,80 @@
+"""The type of the references to the objects of a class: generated once, at the first `create`.
+
+It has a native descriptor for each method of the class, which swaps `self` for the local representative, and
+for each other attribute of the class one that reads it there. Methods are taken as they are at that moment.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import GetSetDescriptorType, MemberDescriptorType
+from typing import Any
+
+from k42 import _native
+
+_KEY = "_k42_reference_type"
+_lock = threading.Lock()  # protects the making of reference types; class attributes are read under it
+
+# What a reference has of its own (identity, pickling, life), and what belongs to the class as a class.
+_NOT_FORWARDED = (
+    frozenset(dir(object)) - {"__str__", "__format__", "__lt__", "__le__", "__gt__", "__ge__"}
+) | {
+    *(
+        "__abstractmethods__",
+        "__annotate__",
+        "__annotations__",
+        "__class_getitem__",
+        "__copy__",
+        "__deepcopy__",
+    ),
+    *("__del__", "__dict__", "__firstlineno__", "__getattr__", "__getnewargs__", "__getnewargs_ex__"),
+    *("__match_args__", "__module__", "__orig_bases__", "__parameters__", "__qualname__", "__set_name__"),
+    *("__setstate__", "__slots__", "__static_attributes__", "__type_params__", "__weakref__"),
+    *("_abc_impl", _KEY),
+}
+
+
+def reference_type(cls: type, base: type) -> type:
+    """Return the type of references to `cls`, of which `base` and its bases contribute nothing."""
+    made = cls.__dict__.get(_KEY)
+    if made is None:
+        with _lock:
+            made = cls.__dict__.get(_KEY)
+            if made is None:
+                made = _generate(cls, base)
+                setattr(cls, _KEY, made)
+    assert isinstance(made, type)
+    return made
+
+
+def _generate(cls: type, base: type) -> type:
+    attributes: dict[str, Any] = {}
+    for ancestor in reversed(cls.__mro__):
+        if ancestor in base.__mro__:
+            continue
+        for name, value in ancestor.__dict__.items():
+            if name not in _NOT_FORWARDED:
+                attributes[name] = value
+    namespace = {name: made for name, value in attributes.items() if (made := _descriptor(cls, name, value))}
+    namespace |= {
+        "__slots__": (),
+        "__doc__": cls.__doc__,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        # Type checkers see the class itself: so does isinstance().
+        "__class__": property(lambda _: cls),
+    }
+    return type(cls.__name__, (_native.Reference,), namespace)
+
+
+def _descriptor(cls: type, name: str, value: Any) -> Any:
+    if isinstance(value, (MemberDescriptorType, GetSetDescriptorType)):
+        return None  # state of a representative, like the attributes that its __init__ sets
+    if isinstance(value, (staticmethod, classmethod)):
+        return staticmethod(getattr(cls, name))
+    if isinstance(value, type):
+        return value
+    if callable(value) and hasattr(type(value), "__get__"):
+        return _native.Method(name, value, cls)
+    settable = hasattr(type(value), "__set__") and (not isinstance(value, property) or value.fset is not None)
+    return _native.Attribute(name, settable)
