@@ -67,7 +67,8 @@ Outcome FileCache::zero_run(const FaultAt& fault, uint64_t page, Run run, Page**
     int error = 0;
     while (done < run.count) {
         const uint64_t at = start + done * kPageSize;
-        RangeResult result = fault.hat->zero(fault.cpu, at, (run.count - done) * kPageSize);
+        RangeResult result = fault.hat->zero(fault.cpu, at, (run.count - done) * kPageSize, memfd_,
+                                              (run.first + done) * kPageSize);
         if (result.error == EEXIST && result.done == 0) {
             // The client put a frame there through its own descriptor: its memory, its bytes.
             result = fault.hat->map(fault.cpu, at, kPageSize);

@@ -1,5 +1,7 @@
 #include "vm/hat.hpp"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <unistd.h>
 
 #include "vm/region.hpp"
@@ -22,7 +24,7 @@ RangeResult UffdHat::map(int cpu, uint64_t address, uint64_t length) {
     return continue_range(fds_[cpu], address, length);
 }
 
-RangeResult UffdHat::zero(int cpu, uint64_t address, uint64_t length) {
+RangeResult UffdHat::zero(int cpu, uint64_t address, uint64_t length, int, uint64_t) {
     return zero_range(fds_[cpu], address, length);
 }
 
@@ -45,7 +47,8 @@ RangeResult SoftHat::map(int cpu, uint64_t address, uint64_t length) {
     return {length, 0};
 }
 
-RangeResult SoftHat::zero(int cpu, uint64_t address, uint64_t length) {
+RangeResult SoftHat::zero(int cpu, uint64_t address, uint64_t length, int memfd, uint64_t offset) {
+    if (fallocate(memfd, 0, off_t(offset), off_t(length)) < 0) return {0, errno};
     insert(cpu, address, length);
     return {length, 0};
 }

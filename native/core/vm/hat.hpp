@@ -49,7 +49,8 @@ class Hat {
 
     // All addresses below are window addresses, page-aligned; lengths in bytes. The pages' descriptors are locked.
     virtual RangeResult map(int cpu, uint64_t address, uint64_t length) = 0;
-    virtual RangeResult zero(int cpu, uint64_t address, uint64_t length) = 0;
+    // Makes frames of zeros at `offset` of the memfd, which the window shows at `address`, and maps them.
+    virtual RangeResult zero(int cpu, uint64_t address, uint64_t length, int memfd, uint64_t offset) = 0;
     virtual void wake(int cpu, uint64_t address, uint64_t length) = 0;
     // Ends the accesses to the range with SIGBUS; the client prints `reason`.
     virtual void fail(int cpu, uint64_t address, uint64_t length, const std::string& reason) = 0;
@@ -82,7 +83,7 @@ class UffdHat final : public Hat {
     const StatusPage& status() const { return *status_; }
 
     RangeResult map(int cpu, uint64_t address, uint64_t length) override;
-    RangeResult zero(int cpu, uint64_t address, uint64_t length) override;
+    RangeResult zero(int cpu, uint64_t address, uint64_t length, int memfd, uint64_t offset) override;
     void wake(int cpu, uint64_t address, uint64_t length) override;
     void fail(int cpu, uint64_t address, uint64_t length, const std::string& reason) override;
     void unmapped(const Region&, uint64_t) override {}  // punching the frame out of the memfd removed the mapping
@@ -97,7 +98,7 @@ class SoftHat final : public Hat {
     using Hat::Hat;
 
     RangeResult map(int cpu, uint64_t address, uint64_t length) override;
-    RangeResult zero(int cpu, uint64_t address, uint64_t length) override;
+    RangeResult zero(int cpu, uint64_t address, uint64_t length, int memfd, uint64_t offset) override;
     void wake(int cpu, uint64_t address, uint64_t length) override;
     void fail(int cpu, uint64_t address, uint64_t length, const std::string& reason) override;
     void unmapped(const Region& region, uint64_t page) override;
