@@ -490,11 +490,11 @@ def default_budget() -> int:
     return limit // 4
 
 
-def serve(socket_path: str | None = None, budget: int | None = None, linger: float | None = None) -> None:
+def serve(socket: str | None = None, budget: int | None = None, linger: float | None = None) -> None:
     """Runs a kernel in this process until SIGINT, SIGTERM, or the end of `linger`.
 
     Args:
-        socket_path: where to listen; None: the user's own place (see `k42.vm.protocol.default_socket`).
+        socket: where to listen; None: the user's own place (see `k42.vm.protocol.default_socket`).
         budget: bytes of memory for pages; None: a quarter of the machine's.
         linger: seconds without a client after which to end; None: never.
 
@@ -505,7 +505,7 @@ def serve(socket_path: str | None = None, budget: int | None = None, linger: flo
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two descriptors a file, one a client and CPU
-    path = Path(socket_path) if socket_path else protocol.default_socket()
+    path = Path(socket) if socket else protocol.default_socket()
     kernel = Kernel(path, default_budget() if budget is None else budget, linger)
 
     def on_signal(number: int, _: object) -> None:
