@@ -1,0 +1,29 @@
+"""The examples of the README run as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = re.findall(r"^## (.+?)$.*?^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+def test_both_uses_have_an_example() -> None:
+    assert [title for title, _ in EXAMPLES] == ["A Clustered Object", "A mapped file"]
+
+
+@pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
+def test_example_runs(title: str, code: str, tmp_path: Path) -> None:
+    environment = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}  # a kernel of its own
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    if title == "A mapped file":
+        assert done.stdout.startswith(str((ROOT / "LICENSE").stat().st_size))
