@@ -55,7 +55,11 @@ def _generate(cls: type, base: type) -> type:
         for name, value in ancestor.__dict__.items():
             if name not in _NOT_FORWARDED:
                 attributes[name] = value
-    namespace = {name: made for name, value in attributes.items() if (made := _descriptor(cls, name, value))}
+    namespace = {
+        name: made
+        for name, value in attributes.items()
+        if (made := _descriptor(cls, name, value)) is not None
+    }
     namespace |= {
         "__slots__": (),
         "__doc__": cls.__doc__,
