@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = re.findall(r"^## (.+?)$.*?^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+SECTIONS = re.split(r"^## ", (ROOT / "README.md").read_text(), flags=re.M)
+EXAMPLES = [
+    (section.splitlines()[0], code)
+    for section in SECTIONS
+    for code in re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+]
 
 
 def test_both_uses_have_an_example() -> None:
