@@ -1,0 +1,174 @@
+"""The command `k42`: experiments, the kernel process, and a demo."""
+
+from __future__ import annotations
+
+import enum
+import importlib.metadata
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+from rich.console import Console
+
+from k42.errors import Error
+
+_UNITS = {"": 1, "B": 1}
+for _power, _prefix in enumerate("KMGT", start=1):
+    _UNITS |= {_prefix: 1024**_power, f"{_prefix}IB": 1024**_power, f"{_prefix}B": 1000**_power}
+
+
+class Machine(enum.StrEnum):
+    """Where an experiment runs."""
+
+    real = "real"
+    sim = "sim"
+
+
+class _Commands(typer.core.TyperGroup):
+    """Ends a command as a shell expects it: 2 and one line for an error that k42 knows, 130 for Ctrl-C."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Error as error:
+            Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]k42:[/] {error}")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Software that scales because it is local: Clustered Objects, and virtual memory in user space.",
+)
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes from text such as `512M`, `2GiB` or `1.5 GB`.
+
+    K, M, G and T, also as KiB and so on, are powers of 1024; KB and so on are powers of 1000.
+
+    Raises:
+        typer.BadParameter: it is not a size of at least one byte.
+
+    >>> parse_size("64K"), parse_size("2GiB"), parse_size("1.5 MB")
+    (65536, 2147483648, 1500000)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
+    if not match or match[2].upper() not in _UNITS:
+        raise typer.BadParameter(f"{text!r} is not a size; write one such as 512M, 2GiB or 1.5GB")
+    nbytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    if nbytes < 1:
+        raise typer.BadParameter(f"{text!r} is less than one byte")
+    return nbytes
+
+
+def parse_processors(text: str) -> tuple[int, ...]:
+    """Numbers of processors from text such as `1,2`, ascending and each once.
+
+    Raises:
+        typer.BadParameter: it is not a list of positive numbers.
+
+    >>> parse_processors("4,1,2,2")
+    (1, 2, 4)
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{text!r} is not a list of numbers of processors, such as 1,2")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"k42 {importlib.metadata.version('k42')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="One of: faults, grep, memclone.")],
+    machine: Annotated[Machine, typer.Option(help="Where to run it.")] = Machine.real,
+    processors: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_processors,
+            metavar="N,...",
+            help="How many work at the same time.",
+            show_default="1 and all",
+        ),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the records here, one a line; - for stdout.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the records into a file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Less data and fewer rounds.")] = False,
+) -> None:
+    """Run an experiment of the paper, and show what it found as a table."""
+    # Only here, so that `k42 --help` answers at once.
+    from k42.experiments import EXPERIMENTS, Options, _record, _show
+    from k42.experiments._runner import default_processors
+
+    if name not in EXPERIMENTS:
+        raise Error(f"there is no experiment {name!r}; there are: {', '.join(sorted(EXPERIMENTS))}")
+    if machine is Machine.sim:
+        raise Error(f"{name} does not run on the simulated machine; run it with --machine real")
+    report = EXPERIMENTS[name](Options(processors or default_processors(), quick))
+    # The files first: whoever reads the terminal may have had enough after some lines.
+    to_stdout = json == Path("-")
+    if json and not to_stdout:
+        _record.write_json(report.records, json)
+    if plot:
+        _show.plot(report.records, plot)
+    console = Console(stderr=to_stdout)
+    console.print(_show.table(report.title, report.records))
+    for finding in report.findings:
+        console.print(f"  {finding}", highlight=False, soft_wrap=True)
+    if to_stdout:
+        for record in report.records:
+            print(record.to_json())
+
+
+@app.command()
+def serve(
+    budget: Annotated[
+        Any, typer.Option(parser=parse_size, metavar="SIZE", help="Memory for pages, such as 512M or 2GiB.")
+    ] = None,
+    socket: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Where clients connect; by default the user's own.")
+    ] = None,
+    linger: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=0, help="End when there has been no client for so long."),
+    ] = None,
+) -> None:
+    """Run the kernel process, which serves the page faults of its clients, until it is ended."""
+    from k42.vm import kernel
+
+    kernel.serve(socket=str(socket) if socket else None, budget=budget, linger=linger)
+
+
+@app.command()
+def demo() -> None:
+    """Search a file and touch new memory on Linux and on k42: a table, and a plot in out/demo.png."""
+    from k42.experiments import demo as demonstration
+
+    Console().print(demonstration.run(Path("out/demo.png")))
+
+
+def main() -> None:
+    """The entry point of the command."""
+    app()

@@ -1,0 +1,20 @@
+"""The experiments of the paper, run on this machine: one module each, all with `run(options) -> Report`.
+
+Times are taken here and never in tests: implementations that are compared take turns in every round of one
+run, and what is reported is the median of at least five rounds with the interquartile range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from k42.experiments import faults, grep, memclone
+from k42.experiments._runner import Options, Report
+
+__all__ = ["EXPERIMENTS", "Options", "Report"]
+
+EXPERIMENTS: dict[str, Callable[[Options], Report]] = {
+    "faults": faults.run,
+    "grep": grep.run,
+    "memclone": memclone.run,
+}

@@ -1,0 +1,145 @@
+"""How experiments run: in interleaved rounds, one pinned thread a processor, on a kernel of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from k42.errors import Error
+from k42.experiments._record import Case, Record, Samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line chose for an experiment.
+
+    Attributes:
+        processors: how many processors work at the same time, one measurement for each number.
+        quick: less data and fewer rounds, for a first look.
+    """
+
+    processors: tuple[int, ...]
+    quick: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What an experiment returns: its records, and what to read from them (a line each)."""
+
+    title: str
+    records: list[Record]
+    findings: list[str]
+
+
+def cpus() -> list[int]:
+    """The CPUs that this process may use, in ascending order."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def default_processors() -> tuple[int, ...]:
+    """One processor, and all of them."""
+    return tuple(sorted({1, len(cpus())}))
+
+
+def interleave(cases: Sequence[Case], rounds: int) -> list[Samples]:
+    """Measure each case once a round, so that what disturbs the machine disturbs all of them.
+
+    Shows its progress on stderr when that is a terminal.
+
+    Args:
+        cases: what to measure, in the order of each round.
+        rounds: at least 5, or the spread means nothing.
+    """
+    samples = [Samples(case, []) for case in cases]
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("", total=rounds * len(samples))
+        for _ in range(rounds):
+            for each in samples:
+                progress.update(task, description=each.case.implementation)
+                each.values.append(each.case.measure())
+                progress.advance(task)
+    return samples
+
+
+class Gate:
+    """Where the threads of one measurement meet, to start at one moment."""
+
+    def __init__(self, threads: int) -> None:
+        self._barrier = threading.Barrier(threads, action=self._open)
+        self._start = 0
+
+    def _open(self) -> None:
+        # Later by more than it takes to wake a thread on an idle CPU.
+        self._start = time.monotonic_ns() + 500_000
+
+    def wait(self) -> int:
+        """Wait for the others; returns the moment at which all start (ns, as time.monotonic_ns)."""
+        self._barrier.wait()
+        return self._start
+
+    def abort(self) -> None:
+        """Let no one wait any more: a thread has failed."""
+        self._barrier.abort()
+
+
+def on_processors(processors: int, body: Callable[[int, Gate], float]) -> list[float]:
+    """Run `body` on one thread a processor, each pinned to its CPU.
+
+    Args:
+        processors: how many threads.
+        body: called with its CPU and the gate that it must pass once.
+
+    Returns:
+        What the bodies returned.
+
+    Raises:
+        Error: there are fewer processors than asked for.
+    """
+    available = cpus()
+    if processors > len(available):
+        raise Error(f"{processors} processors were asked for, and this process may use {len(available)}")
+    gate = Gate(processors)
+    failures: list[BaseException] = []
+
+    def run(cpu: int) -> float:
+        os.sched_setaffinity(0, {cpu})  # of this thread
+        try:
+            return body(cpu, gate)
+        except BaseException as failure:
+            failures.append(failure)
+            gate.abort()
+            raise
+
+    with ThreadPoolExecutor(processors) as pool:
+        futures = [pool.submit(run, cpu) for cpu in available[:processors]]
+    if failures:
+        raise failures[0]  # the first is the cause, the others found the gate broken
+    return [future.result() for future in futures]
+
+
+@contextlib.contextmanager
+def own_kernel(budget: int) -> Iterator[str]:
+    """Start a k42 kernel for an experiment and stop it afterwards; yields its socket's path.
+
+    Args:
+        budget: bytes of memory that its pages may take.
+    """
+    from k42 import vm
+
+    with tempfile.TemporaryDirectory(prefix="k42-") as folder:
+        path = str(Path(folder) / "kernel.socket")
+        with vm.launch(socket=path, budget=budget):
+            yield path

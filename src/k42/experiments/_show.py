@@ -1,0 +1,196 @@
+"""How findings are shown: a table in the terminal, and a plot in a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+
+from k42.errors import Error
+from k42.experiments._record import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# One hue for each who serves the faults; its variants differ in lightness.
+_COLOURS = {
+    "linux": "#4c6a92",
+    "linux-anonymous": "#8aa5c7",
+    "linux-read": "#c4d2e4",
+    "bare": "#4f8a5b",
+    "bare-zero": "#a3c9aa",
+    "k42": "#d1662f",
+    "k42, 4 KiB pages": "#d1662f",
+    "k42, 64 KiB pages": "#eeb08c",
+    "k42-zero": "#eeb08c",
+}
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes as people write it: `size(65536)` is `64 KiB`."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.3g} {unit}"
+    return f"{nbytes} B"
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}"
+
+
+def counted(processors: int) -> str:
+    """`1 processor`, `2 processors`."""
+    return f"{processors} processor{'s' if processors != 1 else ''}"
+
+
+class _Layout:
+    """How records are arranged: by series (a row, a colour) and by group (a column, a place on the axis).
+
+    A series is an implementation, and a group a page size and a number of processors, if each implementation
+    was measured with each page size; otherwise the page size, where there are several, is part of the series.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.first = records[0]
+        sizes: dict[str, set[int]] = {}
+        for record in records:
+            sizes.setdefault(record.implementation, set()).add(record.parameters["page_size"])
+        self._by_size = len({frozenset(each) for each in sizes.values()}) == 1
+        self._sizes = sizes
+        self.cells = {(self._series(record), self._group(record)): record for record in records}
+        self.series = list(dict.fromkeys(series for series, _ in self.cells))
+        self.groups = sorted({group for _, group in self.cells})
+
+    def _series(self, record: Record) -> str:
+        name = record.implementation
+        if self._by_size or len(self._sizes[name]) == 1:
+            return name
+        return f"{name}, {size(record.parameters['page_size'])} pages"
+
+    def _group(self, record: Record) -> tuple[int, int]:
+        return record.parameters["page_size"] if self._by_size else 0, record.processors
+
+    def label(self, group: tuple[int, int]) -> str:
+        """What stands above a column or below a place: a line or two."""
+        page_size, processors = group
+        return f"{size(page_size)} pages\n{counted(processors)}" if page_size else counted(processors)
+
+
+def table(title: str, records: Sequence[Record]) -> Group:
+    """The records as a table, between a title and a legend.
+
+    Args:
+        title: above the table.
+        records: of one experiment, in one metric and unit.
+    """
+    layout = _Layout(records)
+    result = Table()
+    result.add_column(f"{layout.first.metric},\n{layout.first.unit}")
+    for group in layout.groups:
+        result.add_column(layout.label(group), justify="right")
+    for series in layout.series:
+        result.add_row(series, *(_cell(layout.cells.get((series, group))) for group in layout.groups))
+    caption = f"Median of {layout.first.runs} interleaved rounds ± half of the interquartile range."
+    return Group(f"[bold]{title}[/]", result, f"[dim]{caption}[/]")
+
+
+def _cell(record: Record | None) -> str:
+    if record is None:
+        return ""
+    return f"{number(record.value)} [dim]±{50 * record.spread / record.value:2.0f}%[/]"
+
+
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Draw the records, one panel an experiment, into a file of the kind that its name ends with.
+
+    With one or two numbers of processors the panel has bars, side by side; with more it has lines against
+    processors on logarithmic axes, as the paper's figures have it.
+
+    Raises:
+        Error: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise Error("a plot needs matplotlib: pip install 'k42[plot]'") from error
+    panels = [
+        [record for record in records if record.experiment == experiment]
+        for experiment in dict.fromkeys(record.experiment for record in records)
+    ]
+    width = sum(max(5.5, 0.36 * len(panel)) for panel in panels)
+    figure = Figure(figsize=(width, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw = _bars if len({record.processors for record in panel}) <= 2 else _lines
+        draw(axes, panel)
+        first = panel[0]
+        rows = math.ceil(len(axes.get_legend_handles_labels()[0]) / 4)
+        axes.set_title(first.experiment, loc="left", fontweight="bold", pad=12 + 15 * rows)
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), frameon=False, ncols=4, fontsize="small")
+        axes.set_ylabel(f"{first.metric.replace('_', ' ')}, {first.unit.replace('us', 'µs')}")
+        axes.spines[["top", "right"]].set_visible(False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
+        raise Error(f"the plot could not be written: {error}") from error
+
+
+def _bars(axes: Axes, records: Sequence[Record]) -> None:
+    """A bar for each series in each group, with its value above it."""
+    layout = _Layout(records)
+    width = 0.84 / len(layout.series)
+    for i, series in enumerate(layout.series):
+        own = {at: layout.cells[series, group] for at, group in enumerate(layout.groups)}
+        bars = axes.bar(
+            [at + (i - (len(layout.series) - 1) / 2) * width for at in own],
+            [record.value for record in own.values()],
+            width * 0.92,
+            yerr=[record.spread / 2 for record in own.values()],
+            error_kw={"elinewidth": 0.8, "ecolor": "#333333"},
+            color=_COLOURS.get(series),
+            label=series,
+        )
+        axes.bar_label(bars, [number(record.value) for record in own.values()], padding=2, fontsize=7)
+    axes.set_xticks(range(len(layout.groups)), [layout.label(group) for group in layout.groups])
+    values = [record.value for record in records]
+    if max(values) > 8 * min(values):
+        _logarithmic(axes, values)
+        axes.set_ylim(bottom=min(values) / 2)
+
+
+def _lines(axes: Axes, records: Sequence[Record]) -> None:
+    """A line for each implementation and page size, against the number of processors."""
+    lines: dict[tuple[str, int], list[Record]] = {}
+    for record in sorted(records, key=lambda record: record.processors):
+        lines.setdefault((record.implementation, record.parameters["page_size"]), []).append(record)
+    styles = dict(zip(sorted({page_size for _, page_size in lines}), ("-", "--", ":"), strict=False))
+    for (name, page_size), own in lines.items():
+        axes.errorbar(
+            [record.processors for record in own],
+            [record.value for record in own],
+            yerr=[record.spread / 2 for record in own],
+            color=_COLOURS.get(name),
+            linestyle=styles[page_size],
+            marker="o",
+            label=f"{name}, {size(page_size)} pages",
+        )
+    counts = sorted({record.processors for record in records})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.set_xlabel("processors")
+    _logarithmic(axes, [record.value for record in records])
+
+
+def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis with plain numbers, also between the powers of ten where there are few of them."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    few = max(values) < 20 * min(values)
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if few else "")
