@@ -1,0 +1,662 @@
+// The plain structures of the virtual memory system alone, against models and under contention: meant for
+// ThreadSanitizer and AddressSanitizer. Mutual exclusion is proved with plain variables, which
+// ThreadSanitizer reports when two threads are let in. Takes a seed.
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <map>
+#include <memory>
+#include <optional>
+
+#include "check.hpp"
+#include "structures/frame_pool.hpp"
+#include "structures/gate.hpp"
+#include "structures/interval_map.hpp"
+#include "structures/page_table.hpp"
+
+using namespace k42;
+using namespace k42::testing;
+
+namespace {
+
+constexpr std::chrono::milliseconds kLong{60'000};  // a wait that lasts so long has lost its wake-up
+
+// Waits for what another thread is about to do; no assertion hangs on how long.
+template <class Condition>
+void until(Condition condition) {
+    while (!condition()) std::this_thread::yield();
+}
+
+// IntervalMap
+
+void intervals_against_model() {
+    begin("intervals_against_model");
+    Random random(seed());
+    IntervalMap<uint64_t> map;
+    std::map<uint64_t, std::pair<uint64_t, uint64_t>> model;  // start to end, value
+    constexpr uint64_t kSpace = 400;
+    for (int i = 0; i < 30'000; ++i) {
+        const uint64_t start = random.below(kSpace);
+        switch (random.below(4)) {
+            case 0:
+            case 1: {
+                const uint64_t end = start + random.below(12);  // empty ranges too
+                bool fits = start < end;
+                for (const auto& [s, rest] : model) fits = fits && (end <= s || rest.first <= start);
+                CHECK_EQUAL(map.insert(start, end, i), fits);
+                if (fits) model[start] = {end, uint64_t(i)};
+                break;
+            }
+            case 2: {
+                const auto removed = map.remove(start);
+                const auto known = model.find(start);
+                CHECK_EQUAL(removed.has_value(), known != model.end());
+                if (known != model.end()) {
+                    CHECK_EQUAL(*removed, known->second.second);
+                    model.erase(known);
+                }
+                break;
+            }
+            default: {
+                const auto found = map.lookup(start);
+                auto known = model.upper_bound(start);
+                const bool inside = known != model.begin() && std::prev(known)->second.first > start;
+                CHECK_EQUAL(found.has_value(), inside);
+                if (inside) {
+                    --known;
+                    CHECK(found->start == known->first && found->end == known->second.first &&
+                          found->value == known->second.second);
+                }
+            }
+        }
+        CHECK_EQUAL(map.size(), model.size());
+    }
+    auto known = model.begin();
+    for (const auto& interval : map.snapshot()) {
+        CHECK(interval.start == known->first && interval.end == known->second.first);
+        ++known;
+    }
+    CHECK(known == model.end());
+}
+
+void intervals_at_the_edges() {
+    begin("intervals_at_the_edges");
+    constexpr uint64_t kTop = std::numeric_limits<uint64_t>::max();
+    IntervalMap<int> map;
+    CHECK(!map.lookup(0) && !map.remove(0));
+    CHECK(!map.insert(5, 5, 0) && !map.insert(6, 5, 0));
+    CHECK(map.insert(0, 1, 1) && map.insert(kTop - 1, kTop, 2) && map.insert(1, kTop - 1, 3));
+    CHECK(!map.insert(0, kTop, 4) && !map.insert(7, 8, 4));
+    CHECK(map.lookup(0)->value == 1 && map.lookup(1)->value == 3 && map.lookup(kTop - 1)->value == 2);
+    CHECK(!map.lookup(kTop));
+    CHECK(!map.remove(2) && map.remove(1) == 3 && !map.lookup(5) && map.size() == 2);
+}
+
+// Whoever inserts a range owns its keys: a plain owner a key tells when two do.
+void intervals_exclude() {
+    begin("intervals_exclude");
+    constexpr uint64_t kSpace = 64;
+    IntervalMap<int> map;
+    std::vector<int> owner(kSpace, -1);
+    std::atomic<int> inserted{0};
+    in_threads(6, [&](int who) {
+        Random random(seed() + who);
+        for (int i = 0; i < 5'000; ++i) {
+            const uint64_t start = random.below(kSpace);
+            const uint64_t end = std::min(kSpace, start + 1 + random.below(6));
+            if (who >= 4) {
+                if (const auto found = map.lookup(start)) {
+                    CHECK(found->start <= start && start < found->end && found->value < 4);
+                }
+                continue;
+            }
+            if (!map.insert(start, end, who)) continue;
+            inserted.fetch_add(1, std::memory_order_relaxed);
+            for (uint64_t k = start; k < end; ++k) {
+                CHECK_EQUAL(owner[k], -1);
+                owner[k] = who;
+            }
+            random.maybe_yield(4);
+            CHECK(map.lookup(end - 1)->value == who);
+            CHECK(!map.insert(start, end, who));
+            for (uint64_t k = start; k < end; ++k) {
+                CHECK_EQUAL(owner[k], who);
+                owner[k] = -1;
+            }
+            CHECK(map.remove(start) == who);
+        }
+    });
+    CHECK_EQUAL(map.size(), size_t{0});
+    CHECK(inserted > 1'000);
+}
+
+// Gate
+
+void gate_refuses() {
+    begin("gate_refuses");
+    Gate gate;
+    CHECK(!gate.leave() && gate.inside() == 0);
+    CHECK(!gate.restart());
+    CHECK(gate.enter() && gate.try_enter() == Gate::Entry::entered && gate.inside() == 2);
+    CHECK(gate.leave() && gate.leave() && !gate.leave());
+    CHECK(gate.stop());
+    CHECK(gate.try_enter() == Gate::Entry::stopped && gate.inside() == 0);
+    CHECK(!gate.leave());
+    CHECK(gate.restart() && !gate.restart());
+    CHECK(gate.try_enter() == Gate::Entry::entered && gate.leave());
+    gate.shutdown();
+    CHECK(gate.try_enter() == Gate::Entry::rejected && !gate.enter() && !gate.stop() && !gate.leave());
+    CHECK(!gate.restart());
+    CHECK(gate.try_enter() == Gate::Entry::rejected);
+    gate.shutdown();  // again is nothing new
+}
+
+// While the gate is stopped its stopper is alone: requests read a plain variable that stoppers write.
+void gate_stop_excludes() {
+    begin("gate_stop_excludes");
+    constexpr int kRequesters = 4, kStoppers = 2, kRequests = 8'000;
+    Gate gate;
+    long guarded = 0;
+    long stops = 0;
+    std::atomic<long> entered{0};
+    std::atomic<int> running{kRequesters};
+    in_threads(kRequesters + kStoppers, [&](int who) {
+        Random random(seed() + who);
+        if (who < kRequesters) {
+            for (int i = 0; i < kRequests; ++i) {
+                if (random.one_in(2)) {
+                    CHECK(gate.enter());
+                } else {
+                    const Gate::Entry entry = gate.try_enter();
+                    CHECK(entry != Gate::Entry::rejected);
+                    if (entry == Gate::Entry::stopped) continue;
+                }
+                const long seen = guarded;
+                random.maybe_yield(16);
+                CHECK_EQUAL(guarded, seen);
+                entered.fetch_add(1, std::memory_order_relaxed);
+                CHECK(gate.inside() > 0);
+                CHECK(gate.leave());
+            }
+            running.fetch_sub(1);
+            return;
+        }
+        while (running.load() > 0) {
+            CHECK(gate.stop());
+            CHECK_EQUAL(gate.inside(), 0u);
+            ++guarded;
+            random.maybe_yield(2);
+            ++stops;
+            CHECK(gate.restart());
+            random.maybe_yield(2);
+        }
+    });
+    CHECK_EQUAL(guarded, stops);
+    CHECK(gate.inside() == 0 && entered > 0);
+}
+
+// The same interleavings forced: someone inside when stop() begins, someone waiting when restart() comes.
+void gate_wakes() {
+    begin("gate_wakes");
+    for (int round = 0; round < 300; ++round) {
+        Gate gate;
+        int plain = 0;
+        std::atomic<bool> stopped{false};
+        CHECK(gate.enter());
+        std::thread stopper([&] {
+            CHECK(gate.stop());
+            plain = 1;
+            stopped = true;
+        });
+        until([&] { return gate.try_enter() == Gate::Entry::stopped || !gate.leave(); });
+        std::thread first([&] {
+            CHECK(gate.enter());
+            CHECK(plain == 2);
+            CHECK(gate.leave());
+        });
+        std::thread second([&] {  // a second stopper waits for the first to restart
+            CHECK(gate.stop());
+            CHECK(plain == 2);
+            CHECK(gate.restart());
+        });
+        for (int i = 0; i < round % 8; ++i) std::this_thread::yield();
+        CHECK(!stopped);  // we are inside
+        CHECK(gate.leave());
+        stopper.join();
+        CHECK(plain == 1);
+        for (int i = 0; i < round % 4; ++i) std::this_thread::yield();
+        plain = 2;
+        CHECK(gate.restart());
+        first.join();
+        second.join();
+    }
+}
+
+// After shutdown() nobody is inside and nobody comes: what the requests used can go.
+void gate_shutdown_races() {
+    begin("gate_shutdown_races");
+    for (int round = 0; round < 250; ++round) {
+        Gate gate;
+        auto used = std::make_unique<long>(7);
+        std::vector<std::thread> threads;
+        std::barrier start(5);
+        for (int who = 0; who < 3; ++who) {
+            threads.emplace_back([&, who] {
+                Random random(seed() + round * 8 + who);
+                start.arrive_and_wait();
+                while (gate.enter()) {
+                    CHECK(*used == 7);
+                    random.maybe_yield(4);
+                    CHECK(gate.leave());
+                }
+                CHECK(gate.try_enter() == Gate::Entry::rejected);
+            });
+        }
+        threads.emplace_back([&] {
+            start.arrive_and_wait();
+            while (gate.stop()) gate.restart();
+        });
+        start.arrive_and_wait();
+        for (int i = 0; i < round % 16; ++i) std::this_thread::yield();
+        gate.shutdown();
+        CHECK_EQUAL(gate.inside(), 0u);
+        *used = 8;  // plain
+        used.reset();
+        for (std::thread& thread : threads) thread.join();
+    }
+    // Those who wait at a stopped gate are rejected, not forgotten.
+    Gate gate;
+    CHECK(gate.stop());
+    std::vector<std::thread> waiting;
+    for (int i = 0; i < 3; ++i) waiting.emplace_back([&] { CHECK(!gate.enter()); });
+    waiting.emplace_back([&] { CHECK(!gate.stop()); });
+    std::this_thread::yield();
+    gate.shutdown();
+    for (std::thread& thread : waiting) thread.join();
+}
+
+// PageTable
+
+// A page table in the hands of threads that drive pages through their states. What they believe of a page is
+// plain data: two holders of a descriptor would be a data race.
+void page_locks_exclude() {
+    begin("page_locks_exclude");
+    constexpr uint64_t kPages = 96;
+    constexpr int kThreads = 6, kRounds = 4'000;
+    struct Known {
+        PageState state = PageState::absent;
+        uint64_t locks = 0;
+        uint64_t arrivals = 0;
+    };
+    PageTable table;
+    std::vector<Known> known(kPages);
+    std::atomic<uint64_t> locked{0}, arrived{0}, evicted{0};
+    in_threads(kThreads, [&](int who) {
+        Random random(seed() + who);
+        std::vector<uint64_t> filling;
+        Page* pages[16];
+        auto lock = [&](uint64_t first, uint32_t count) {
+            table.lock(first, count, pages);
+            for (uint32_t i = 0; i < count; ++i) {
+                Known& page = known[first + i];
+                CHECK_EQUAL(pages[i]->index, first + i);
+                CHECK_EQUAL(uint32_t(pages[i]->state()), uint32_t(page.state));
+                ++page.locks;
+            }
+            locked.fetch_add(count, std::memory_order_relaxed);
+        };
+        for (int round = 0; round < kRounds; ++round) {
+            const uint64_t first = random.below(kPages);
+            const auto count = uint32_t(1 + random.below(std::min<uint64_t>(16, kPages - first)));
+            switch (random.below(4)) {
+                case 0:  // only look; absent descriptors come and go
+                    lock(first, count);
+                    random.maybe_yield(8);
+                    table.unlock(pages, count);
+                    break;
+                case 1:  // begin to fill the absent ones
+                    lock(first, count);
+                    for (uint32_t i = 0; i < count; ++i) {
+                        if (known[first + i].state != PageState::absent) continue;
+                        pages[i]->set_state(known[first + i].state = PageState::io);
+                        filling.push_back(first + i);
+                    }
+                    random.maybe_yield(8);
+                    table.unlock(pages, count);
+                    break;
+                case 2:  // filled, or not
+                    for (uint64_t index : filling) {
+                        lock(index, 1);
+                        CHECK(known[index].state == PageState::io);
+                        if (random.one_in(4)) {
+                            pages[0]->set_state(known[index].state = PageState::absent);
+                        } else {
+                            table.make_resident(pages, 1);
+                            known[index].state = PageState::resident;
+                            ++known[index].arrivals;
+                            arrived.fetch_add(1, std::memory_order_relaxed);
+                        }
+                        table.unlock(pages, 1);
+                    }
+                    filling.clear();
+                    break;
+                default:  // evict: what was taken is ours alone, and resident
+                    for (uint64_t index : table.take_oldest(count)) {
+                        random.maybe_yield(8);
+                        lock(index, 1);
+                        CHECK(known[index].state == PageState::resident);
+                        pages[0]->set_state(known[index].state = PageState::absent);
+                        evicted.fetch_add(1, std::memory_order_relaxed);
+                        table.unlock(pages, 1);
+                    }
+            }
+        }
+        for (uint64_t index : filling) {
+            lock(index, 1);
+            pages[0]->set_state(known[index].state = PageState::absent);
+            table.unlock(pages, 1);
+        }
+    });
+    std::vector<uint64_t> resident;
+    uint64_t locks = 0, arrivals = 0;
+    for (uint64_t i = 0; i < kPages; ++i) {
+        if (known[i].state == PageState::resident) resident.push_back(i);
+        CHECK(known[i].state != PageState::io);
+        locks += known[i].locks;
+        arrivals += known[i].arrivals;
+    }
+    CHECK(table.resident() == resident);
+    CHECK_EQUAL(table.size(), resident.size());  // absent ones were given back
+    CHECK_EQUAL(locks, locked.load());
+    CHECK_EQUAL(arrivals, arrived.load());
+    CHECK_EQUAL(arrived - evicted, resident.size());
+    std::vector<uint64_t> rest = table.take_oldest(SIZE_MAX);
+    std::sort(rest.begin(), rest.end());
+    CHECK(rest == resident);
+    for (uint64_t index : rest) {
+        Page* page;
+        table.lock(index, 1, &page);
+        page->set_state(PageState::absent);
+        table.unlock(&page, 1);
+    }
+    CHECK_EQUAL(table.size(), size_t{0});
+}
+
+// Nothing but ranges that overlap, all absent: every descriptor is recycled all the time, also under waiters.
+void page_descriptors_recycle() {
+    begin("page_descriptors_recycle");
+    constexpr uint64_t kPages = 24;
+    constexpr int kThreads = 5, kRounds = 6'000;
+    PageTable table;
+    std::vector<uint64_t> counts(kPages, 0);
+    std::atomic<uint64_t> total{0};
+    in_threads(kThreads, [&](int who) {
+        Random random(seed() + who);
+        Page* pages[16];
+        for (int round = 0; round < kRounds; ++round) {
+            const uint64_t first = random.below(kPages);
+            const auto count = uint32_t(1 + random.below(std::min<uint64_t>(12, kPages - first)));
+            table.lock(first, count, pages);
+            for (uint32_t i = 0; i < count; ++i) {
+                CHECK(pages[i]->index == first + i && pages[i]->state() == PageState::absent);
+                ++counts[first + i];
+            }
+            random.maybe_yield(4);
+            total.fetch_add(count, std::memory_order_relaxed);
+            table.unlock(pages, count);
+        }
+    });
+    uint64_t sum = 0;
+    for (uint64_t count : counts) sum += count;
+    CHECK_EQUAL(sum, total.load());
+    CHECK_EQUAL(table.size(), size_t{0});
+    // No more descriptors were ever made than can be in use at once (with the slack of two slabs).
+    CHECK(table.bytes() <= sizeof(PageTable) + 64 * sizeof(Page*) + (kPages + 32) * sizeof(Page));
+}
+
+// Waiters sleep until the holder is done, whether the descriptor stays, goes, or is another page's by then.
+void page_lock_waits() {
+    begin("page_lock_waits");
+    for (int round = 0; round < 200; ++round) {
+        PageTable table;
+        Page* held;
+        table.lock(5, 1, &held);
+        int plain = 0;
+        std::atomic<int> through{0};
+        auto take = [&](uint64_t first, uint32_t count) {
+            Page* pages[8];
+            table.lock(first, count, pages);
+            ++plain;
+            through.fetch_add(1);
+            table.unlock(pages, count);
+        };
+        std::thread a(take, 5, 1), b(take, 3, 4), c(take, 5, 3);
+        for (int i = 0; i < round % 16; ++i) std::this_thread::yield();
+        CHECK_EQUAL(through.load(), 0);
+        CHECK_EQUAL(plain, 0);
+        const bool stays = round % 2;
+        if (stays) held->set_state(PageState::io);
+        table.unlock(&held, 1);
+        Page* other;  // perhaps the same descriptor
+        table.lock(77, 1, &other);
+        for (int i = 0; i < 4; ++i) std::this_thread::yield();
+        table.unlock(&other, 1);
+        a.join();
+        b.join();
+        c.join();
+        CHECK_EQUAL(plain, 3);
+        CHECK_EQUAL(table.size(), size_t{stays});
+    }
+}
+
+void page_waiters_keep_descriptor() {
+    begin("page_waiters_keep_descriptor");
+    PageTable table;
+    Page* pages[2];
+    PageWaiter waiter;
+    table.lock(8, 2, pages);
+    CHECK_EQUAL(table.size(), size_t{2});
+    pages[1]->waiters = &waiter;
+    table.unlock(pages, 2);
+    CHECK_EQUAL(table.size(), size_t{1});
+    table.lock(8, 2, pages);
+    CHECK(pages[0]->waiters == nullptr && pages[1]->waiters == &waiter);
+    pages[1]->waiters = nullptr;
+    table.unlock(pages, 2);
+    CHECK_EQUAL(table.size(), size_t{0});
+}
+
+void page_order_growth_and_reuse() {
+    begin("page_order_growth_and_reuse");
+    constexpr uint64_t kPages = 50'000, kBatch = 50;
+    Random random(seed());
+    PageTable table;
+    std::vector<uint64_t> order;  // random, sparse, all different
+    for (uint64_t i = 0; i < kPages; i += kBatch) order.push_back((i / kBatch) << (random.below(2) * 20));
+    std::sort(order.begin(), order.end());
+    order.erase(std::unique(order.begin(), order.end()), order.end());
+    for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random.below(i)]);
+    size_t bytes = 0;
+    for (int turn = 0; turn < 3; ++turn) {
+        std::vector<uint64_t> expected;
+        for (uint64_t start : order) {
+            Page* pages[kBatch];
+            table.lock(start * kBatch, kBatch, pages);
+            table.make_resident(pages, kBatch);
+            table.unlock(pages, kBatch);
+            for (uint64_t i = 0; i < kBatch; ++i) expected.push_back(start * kBatch + i);
+        }
+        CHECK_EQUAL(table.size(), expected.size());
+        std::vector<uint64_t> sorted = expected;
+        std::sort(sorted.begin(), sorted.end());
+        CHECK(table.resident() == sorted);
+        if (turn == 0) bytes = table.bytes();
+        CHECK_EQUAL(table.bytes(), bytes);  // descriptors were reused
+        CHECK(bytes < expected.size() * 96);
+        size_t at = 0;
+        while (at < expected.size()) {
+            for (uint64_t index : table.take_oldest(1 + random.below(700))) {
+                CHECK_EQUAL(index, expected[at]);  // first in, first out
+                ++at;
+                Page* page;
+                table.lock(index, 1, &page);
+                CHECK(page->state() == PageState::resident);
+                page->set_state(PageState::absent);
+                table.unlock(&page, 1);
+            }
+        }
+        CHECK(table.size() == 0 && table.take_oldest(1).empty() && table.resident().empty());
+    }
+}
+
+// FramePool
+
+void frames_against_model() {
+    begin("frames_against_model");
+    Random random(seed());
+    for (uint64_t budget : {1, 31, 1000}) {
+        FramePool pool(budget);
+        uint64_t in_use[3] = {}, promised_anonymous = 0, promised_file = 0, changes = 0;
+        auto unpromised = [&] { return budget - promised_anonymous - promised_file - in_use[2]; };
+        for (int i = 0; i < 20'000; ++i) {
+            const uint64_t frames = random.below(budget / 3 + 2);
+            const auto backing = Backing(random.below(3));
+            uint64_t& used = in_use[int(backing)];
+            switch (random.below(7)) {
+                case 0: {
+                    const bool fits = frames <= unpromised();
+                    CHECK_EQUAL(pool.reserve(frames), fits);
+                    if (fits) promised_anonymous += frames;
+                    break;
+                }
+                case 1: {
+                    const uint64_t back = std::min(frames, promised_anonymous);
+                    pool.unreserve(back);
+                    promised_anonymous -= back;
+                    break;
+                }
+                case 2: {
+                    const uint64_t few = frames % 4;
+                    const bool fits = few <= promised_file || few - promised_file <= unpromised();
+                    CHECK_EQUAL(pool.promise_file(few), fits);
+                    if (fits) promised_file = std::max(promised_file, few);
+                    break;
+                }
+                case 3:
+                case 4: {
+                    FramePool::Grant grant = FramePool::Grant::granted;
+                    if (backing == Backing::overcommitted && frames > unpromised()) {
+                        grant = FramePool::Grant::exhausted;
+                    } else if (in_use[0] + in_use[1] + in_use[2] + frames > budget) {
+                        grant = FramePool::Grant::reclaim;
+                    }
+                    CHECK(pool.allocate(frames, backing) == grant);
+                    if (grant == FramePool::Grant::granted) used += frames;
+                    break;
+                }
+                case 5: {
+                    const uint64_t back = std::min(frames, used);
+                    pool.release(back, backing);
+                    used -= back;
+                    ++changes;
+                    break;
+                }
+                default:
+                    pool.announce_reclaimable();
+                    ++changes;
+            }
+            const FramePool::Usage usage = pool.usage();
+            CHECK(usage.budget == budget && usage.file == in_use[0] && usage.reserved == in_use[1] &&
+                  usage.overcommitted == in_use[2] && usage.promised_anonymous == promised_anonymous &&
+                  usage.promised_file == promised_file);
+            CHECK(usage.file + usage.reserved + usage.overcommitted <= budget);
+            CHECK(usage.promised_anonymous + usage.promised_file + usage.overcommitted <= budget);
+            CHECK_EQUAL(pool.changes(), changes);
+        }
+        CHECK(pool.wait(changes + 1, kLong));  // differs already
+        CHECK(!pool.wait(changes, std::chrono::milliseconds(1)));
+    }
+}
+
+// Nobody ever holds more than there is; a reservation never fails for want of frames once files are given
+// back.
+void frames_within_budget() {
+    begin("frames_within_budget");
+    constexpr uint64_t kBudget = 31;
+    FramePool pool(kBudget);
+    CHECK(pool.promise_file(4));
+    std::atomic<int64_t> held{0}, most{0};
+    std::atomic<uint64_t> refused{0};
+    in_threads(6, [&](int who) {
+        Random random(seed() + who);
+        const auto backing = Backing(who % 3);
+        for (int i = 0; i < 8'000; ++i) {
+            const uint64_t frames = 1 + random.below(8);
+            if (backing == Backing::reserved && !pool.reserve(frames)) continue;
+            if (pool.allocate(frames, backing) == FramePool::Grant::granted) {
+                const int64_t now = held.fetch_add(int64_t(frames)) + int64_t(frames);
+                CHECK(now <= int64_t(kBudget));
+                int64_t seen = most.load();
+                while (now > seen && !most.compare_exchange_weak(seen, now)) {
+                }
+                random.maybe_yield(4);
+                held.fetch_sub(int64_t(frames));
+                pool.release(frames, backing);
+            } else {
+                refused.fetch_add(1, std::memory_order_relaxed);
+            }
+            if (backing == Backing::reserved) pool.unreserve(frames);
+        }
+    });
+    const FramePool::Usage usage = pool.usage();
+    CHECK(usage.file == 0 && usage.reserved == 0 && usage.overcommitted == 0);
+    CHECK(usage.promised_anonymous == 0 && usage.promised_file == 4);
+    CHECK(held == 0 && most > 0);
+}
+
+// One frame for all, and waiting for it: a plain counter shows that only one has it, a wait that ends without
+// a change shows that one was lost.
+void frames_wait() {
+    begin("frames_wait");
+    constexpr int kThreads = 5, kTurns = 1'500;
+    FramePool pool(1);
+    long plain = 0;
+    in_threads(kThreads, [&](int who) {
+        Random random(seed() + who);
+        for (int i = 0; i < kTurns; ++i) {
+            for (;;) {
+                const uint64_t seen = pool.changes();
+                if (pool.allocate(1, Backing::file) == FramePool::Grant::granted) break;
+                random.maybe_yield(2);  // the change may come here
+                CHECK(pool.wait(seen, kLong));
+            }
+            ++plain;
+            random.maybe_yield(2);
+            pool.release(1, Backing::file);
+        }
+    });
+    CHECK_EQUAL(plain, long{kThreads} * kTurns);
+    CHECK_EQUAL(pool.changes(), uint64_t{kThreads} * kTurns);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    start_program(argc, argv);
+    intervals_against_model();
+    intervals_at_the_edges();
+    intervals_exclude();
+    gate_refuses();
+    gate_stop_excludes();
+    gate_wakes();
+    gate_shutdown_races();
+    page_locks_exclude();
+    page_descriptors_recycle();
+    page_lock_waits();
+    page_waiters_keep_descriptor();
+    page_order_growth_and_reuse();
+    frames_against_model();
+    frames_within_budget();
+    frames_wait();
+    std::puts("ok");
+}
