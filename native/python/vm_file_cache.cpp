@@ -146,6 +146,8 @@ PyObject* counts(PyObject* self, PyObject*) {
                          "queued", c.queued, "evicted", c.evicted);
 }
 
+PyObject* memfd(PyObject* self, PyObject*) { return PyLong_FromLong(cache_of(self).memfd()); }
+
 PyObject* resident(PyObject* self, PyObject*) {
     std::vector<uint64_t> pages;
     {
@@ -180,6 +182,7 @@ PyMethodDef methods[] = {
     {"attach", fast(attach), METH_FASTCALL, "A region shows this file."},
     {"detach", fast(detach), METH_FASTCALL, "A region shows it no more."},
     {"counts", counts, METH_NOARGS, "Faults and pages so far, by what became of them."},
+    {"memfd", memfd, METH_NOARGS, "The descriptor of the frames; stays this object's."},
     {"resident", resident, METH_NOARGS, "The resident pages' indices, sorted."},
     {"sizes", sizes, METH_NOARGS, "(descriptors, bytes they take)."},
     {nullptr, nullptr, 0, nullptr},
@@ -190,7 +193,7 @@ PyType_Slot slots[] = {
     {Py_tp_dealloc, reinterpret_cast<void*>(Self::dealloc)},
     {Py_tp_methods, methods},
     {Py_tp_doc, const_cast<char*>("FileCache(pool, memfd, pages, fill, backing, /)\n\n"
-                                  "The pages of one file, their frames in a memfd (paper 4.4).")},
+                                  "The pages of one file, their frames in a memfd, which it takes over (paper 4.4).")},
     {0, nullptr},
 };
 

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -17,7 +18,10 @@ struct FileCache::Waiter : PageWaiter {
     FaultAt fault;
 };
 
-FileCache::~FileCache() { clear(); }
+FileCache::~FileCache() {
+    clear();
+    close(memfd_);
+}
 
 FileCache::Run FileCache::run_around(Page* const* pages, uint64_t first, uint32_t count, uint64_t page) {
     const auto at = uint32_t(page - first);

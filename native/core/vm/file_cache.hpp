@@ -49,7 +49,7 @@ class FileCache {
 
     static constexpr uint32_t kMaxGroup = 512;  // pages: 2 MiB
 
-    // The memfd stays the caller's and must outlive the object.
+    // Takes the memfd over: as long as anybody may punch pages out of it, its number means this file.
     FileCache(FramePool* pool, int memfd, uint64_t pages, Fill fill, Backing backing)
         : pool_(pool), memfd_(memfd), pages_(pages), fill_(fill), backing_(backing) {}
     ~FileCache();

@@ -140,6 +140,10 @@ void Guard::remove_range(uint64_t base) {
 
 void Guard::stop() {
     if (!thread_.joinable()) return;
+    if (pid_ != getpid()) {
+        thread_.detach();  // a forked child has the object, but not the thread
+        return;
+    }
     stopping_.store(true);
     const uint64_t one = 1;
     [[maybe_unused]] const auto written = write(wake_, &one, sizeof one);

@@ -4,6 +4,8 @@
 // No code here needs the interpreter: the thread that waits for a page may hold the GIL.
 #pragma once
 
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -59,6 +61,7 @@ class Guard {
     const int socket_;
     const int grace_ms_;
     const int wake_;
+    const pid_t pid_ = getpid();
     std::atomic<bool>* const abandoned_ = new std::atomic<bool>(false);  // leaked on purpose
     std::atomic<bool> stopping_{false};
 

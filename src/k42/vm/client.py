@@ -243,7 +243,7 @@ class Client:
         reply, [memfd] = self._request(request, descriptors)
         mapping._attach(self, reply["region"], memfd, index, group * PAGE)
         self._mappings.add(mapping)
-        name = request.get("name", "anonymous memory")
+        name = os.fsencode(request.get("name", "anonymous memory")).decode(errors="replace")
         mapping._show(first * PAGE, delta, length, writable, name)
         return mapping
 

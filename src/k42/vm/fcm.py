@@ -83,7 +83,7 @@ class FileCacheManager(k42.Object):
         raise NotImplementedError
 
     def close(self) -> None:
-        """Gives all frames back and closes the memfd and the store; no region shows the file any more."""
+        """Gives all frames back and closes the store; no region shows the file any more."""
         raise NotImplementedError
 
     def stat(self) -> dict[str, int | str]:
@@ -109,10 +109,16 @@ class SharedFCM(FileCacheManager):
             self.backing = backing
             self.pages = -(-fr.size() // PAGE)
             self.cluster = global_pm.cluster() if backing is Backing.FILE else 1
-            self.memfd = os.memfd_create("k42:" + fr.name()[-200:], os.MFD_CLOEXEC)
-            os.ftruncate(self.memfd, self.pages * PAGE)
-            fill = 0 if isinstance(k42.local(fr), ZeroFR) else 1
-            self.cache = _native.FileCache(global_pm.native(), self.memfd, self.pages, fill, backing)
+            memfd = os.memfd_create(b"k42:" + os.fsencode(fr.name())[-200:], os.MFD_CLOEXEC)
+            try:
+                os.ftruncate(memfd, self.pages * PAGE)
+                if backing is Backing.FILE:
+                    os.fchmod(memfd, 0o400)  # a reader cannot get a writable descriptor by way of /proc
+                fill = 0 if isinstance(k42.local(fr), ZeroFR) else 1
+                self.cache = _native.FileCache(global_pm.native(), memfd, self.pages, fill, backing)
+            except BaseException:
+                os.close(memfd)
+                raise
 
     root: Root
 
@@ -122,7 +128,7 @@ class SharedFCM(FileCacheManager):
 
     def memfd(self) -> int:
         """The descriptor of the frames."""
-        return self.root.memfd
+        return self.root.cache.memfd()
 
     def map_page(
         self,
@@ -145,7 +151,7 @@ class SharedFCM(FileCacheManager):
         try:
             pm.allocate(count, root.backing)
             try:
-                root.fr.fill(root.memfd, first, count)
+                root.fr.fill(cache.memfd(), first, count)
             except BaseException:
                 pm.release(count, root.backing)
                 raise
@@ -169,7 +175,6 @@ class SharedFCM(FileCacheManager):
     def close(self) -> None:
         """Gives all frames back; see `FileCacheManager.close`."""
         self.root.cache.give_back(self.root.pages)
-        os.close(self.root.memfd)
         self.root.fr.close()
         k42.destroy(self.root.fr)
 

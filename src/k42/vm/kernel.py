@@ -209,9 +209,9 @@ class Kernel:
                 continue  # gone, and its faults with it
             try:
                 client.process.handle_fault(Fault(index, address, canonical))
-            except k42.Destroyed:
-                continue
             except Exception as error:
+                if client_id not in self._clients:
+                    continue  # it went while we were at it
                 log.exception("a fault of client %d at %#x", client.pid, address)
                 client.hat.fail(index, address, f"the kernel failed: {type(error).__name__}: {error}")
 
@@ -362,8 +362,19 @@ class Kernel:
             reserved = size // PAGE
         elif group > self.budget // PAGE:
             raise OutOfFrames("one page of this size is larger than the kernel's budget: ask for a smaller page_size")
-        backing = Backing.OVERCOMMITTED if overcommit else Backing.RESERVED
-        return SharedFCM.create(self._global_pm, ZeroFR.create(size), backing), reserved
+        try:
+            return self._make_fcm(ZeroFR.create(size), Backing.OVERCOMMITTED if overcommit else Backing.RESERVED), reserved
+        except BaseException:
+            self._global_pm.unreserve(reserved)
+            raise
+
+    def _make_fcm(self, fr: FileRepresentative, backing: Backing) -> FileCacheManager:
+        try:
+            return SharedFCM.create(self._global_pm, fr, backing)
+        except OSError as error:
+            fr.close()
+            k42.destroy(fr)
+            raise OutOfFrames(f"no memory for a file cache: {error.strerror}") from error
 
     def _descriptor(self, fcm: FileCacheManager, *, writable: bool) -> int:
         """The memfd for a client: readers get one that Linux itself lets nobody write through."""
@@ -389,9 +400,9 @@ class Kernel:
                 self._close_file(file)
             file = None
         if file is None:
-            fr: FileRepresentative = FileFR.create(descriptor, name)
+            fr: FileRepresentative = FileFR.create(descriptor, name.replace("\0", "?"))
             descriptors.clear()  # the FR's now
-            fcm: FileCacheManager = SharedFCM.create(self._global_pm, fr, Backing.FILE)
+            fcm = self._make_fcm(fr, Backing.FILE)
             self._global_pm.attach_fcm(fcm)
             file = self._files[inode] = _OpenFile(fcm, inode, version)
         file.users += 1

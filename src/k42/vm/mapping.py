@@ -67,6 +67,8 @@ class Mapping(_native.Window):
         if index == self._index:
             return self
         with self._lock:
+            if self._client is None:
+                raise ValueError("mapping closed")
             if index in self._locals:
                 return self._locals[index]
             offset, delta, length, writable, name = self._geometry

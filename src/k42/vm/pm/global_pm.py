@@ -143,7 +143,10 @@ class SharedGlobalPM(GlobalPageManager):
         with self.root.lock:
             ring = list(self.root.fcms)
         for fcm in ring:
-            given += fcm.give_back(wanted - given)
+            try:
+                given += fcm.give_back(wanted - given)
+            except k42.Destroyed:
+                continue  # its file was closed since we looked: its frames are free
             with self.root.lock:
                 if fcm in self.root.fcms:
                     self.root.fcms.remove(fcm)
