@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import importlib.metadata
+import logging
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -158,6 +159,7 @@ def serve(
     """Run the kernel process, which serves the page faults of its clients, until it is ended."""
     from k42.vm import kernel
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     kernel.serve(socket=str(socket) if socket else None, budget=budget, linger=linger)
 
 
