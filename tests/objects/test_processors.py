@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 
@@ -221,7 +222,7 @@ def test_creations_that_call_each_other_on_two_threads(in_threads):
     roots = []
     for ref, other in ((a, b), (b, a)):
         # The root is reached without a call: that would create.
-        root = next(r for r in gc_referents(ref) if isinstance(r, k42.Root))
+        root = next(r for r in gc.get_referents(ref) if isinstance(r, k42.Root))
         root.other = other
         roots.append(root)
 
@@ -234,12 +235,6 @@ def test_creations_that_call_each_other_on_two_threads(in_threads):
     assert "circle" in in_threads(2, call)
     for ref in (a, b):
         k42.destroy(ref)
-
-
-def gc_referents(ref):
-    import gc
-
-    return gc.get_referents(ref)
 
 
 def test_handle_miss_must_return_a_representative():
@@ -293,3 +288,38 @@ def test_the_child_of_a_fork_has_one_thread(in_threads):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert k42.destroy(holder)
     assert k42.destroy(counter)
+
+
+def test_finalisers_may_call_while_representatives_are_made():
+    """The collector runs them between any two steps, on the thread that makes."""
+
+    class Log(k42.Object):
+        class Root(k42.DistributedRoot):
+            pass
+
+        def __init__(self):
+            self.n = 0
+
+        def add(self):
+            self.n += 1
+
+    class Noisy:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            logs[0].add()
+            Log.create().add()
+
+    logs = [Log.create()]
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for _ in range(300):
+            Noisy()
+            ref = Log.create()
+            ref.add()
+            k42.destroy(ref)
+    finally:
+        gc.set_threshold(*thresholds)
+    k42.destroy(logs[0])

@@ -1,8 +1,10 @@
 """Representatives that are made exactly once: one thread makes, those that race with it wait.
 
-Making a representative runs the user's code, so no lock is held meanwhile. What could deadlock is found
-before anyone waits: a representative whose creation calls its own object, and objects whose creations call
-each other in a circle, on one thread or on several.
+Making a representative runs the user's code, and a finaliser that the garbage collector runs may call any
+object between any two steps of this file. So nothing here holds a lock of its own: each step is one operation
+on a dictionary, which Python makes atomic. What could deadlock is found before anyone waits: a representative
+whose creation calls its own object, and objects whose creations call each other in a circle, on one thread or
+on several.
 """
 
 from __future__ import annotations
@@ -15,39 +17,36 @@ from k42.errors import Error
 
 
 class _Making:
-    """A representative that a thread makes now."""
+    """A representative that a thread makes now; `done` is locked until it has."""
 
     __slots__ = ("done", "thread")
 
     def __init__(self, thread: int) -> None:
         self.thread = thread
-        self.done: threading.Event | None = None  # made by the first that waits; most never have one
+        self.done = threading.Lock()
+        self.done.acquire()
 
 
-# Which thread waits for what; consulted only by threads that are about to wait.
+# Which thread waits for what.
 _waits: dict[int, tuple[Reps, Hashable]] = {}
-_waits_lock = threading.Lock()  # protects _waits; taken inside of a Reps' lock, nothing is taken under it
 
 
 class Reps:
     """The representatives of one object by key: a processor, a cluster, or the one key of all."""
 
-    __slots__ = ("_lock", "_made", "_making")
+    __slots__ = ("_made", "_making")
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # protects the two below; held for a few dictionary operations
         self._made: dict[Hashable, Any] = {}
         self._making: dict[Hashable, _Making] = {}
 
     def all(self) -> tuple[Any, ...]:
         """Return the representatives, those made so far."""
-        with self._lock:
-            return tuple(self._made.values())
+        return tuple(self._made.copy().values())  # copy() is atomic, an iteration is not
 
     def clear(self) -> None:
         """Forget all representatives."""
-        with self._lock:
-            self._made.clear()
+        self._made.clear()
 
     def once(self, key: Hashable, make: Callable[[], Any], what: str) -> Any:
         """Return the representative of `key`; the first caller makes it, callers that race wait for it.
@@ -56,47 +55,51 @@ class Reps:
         Raises `Error` where waiting would never end; `what` names the object in its message.
         """
         me = threading.get_ident()
+        mine = _Making(me)
         while True:
-            with self._lock:
-                if key in self._made:
-                    return self._made[key]
-                making = self._making.get(key)
-                if making is None:
-                    making = self._making[key] = _Making(me)
-                    break
-                self._check_circle(me, key, what)
-                if making.done is None:
-                    making.done = threading.Event()
-                done = making.done
+            making = self._making.setdefault(key, mine)
+            if making is not mine:
+                self._wait(me, key, making, what)
+                continue
             try:
-                done.wait()
+                if key not in self._made:
+                    self._made[key] = make()
+                return self._made[key]
             finally:
-                with _waits_lock:
-                    del _waits[me]
-        try:
-            rep = make()
-            with self._lock:
-                self._made[key] = rep
-            return rep
-        finally:
-            with self._lock:
                 del self._making[key]
-                if making.done is not None:
-                    making.done.set()
+                mine.done.release()
 
-    def _check_circle(self, me: int, key: Hashable, what: str) -> None:
-        """Note that this thread waits for `key`; raise if the one that makes it waits for this thread."""
+    def _wait(self, me: int, key: Hashable, making: _Making, what: str) -> None:
+        """Wait until `key` is made or has failed; raise if whoever makes it waits for this thread."""
+        outer = _waits.get(me)  # this call came from a finaliser that ran within another one
+        # First say it, then look: of the threads that close a circle, the last to say so sees all of it.
+        _waits[me] = (self, key)
+        try:
+            if self._leads_to(me, key):
+                raise Error(
+                    f"creating a representative of {what} calls {what} itself, which has none yet: "
+                    "use self and self.root there, not the reference"
+                )
+            with making.done:
+                pass
+        finally:
+            if outer is None:
+                del _waits[me]
+            else:
+                _waits[me] = outer
+
+    def _leads_to(self, me: int, key: Hashable) -> bool:
+        """Whether the thread that makes `key`, or one that it waits for, waits for thread `me` in the end."""
         reps: Reps = self
         wanted = key
-        with _waits_lock:
-            while (making := reps._making.get(wanted)) is not None:
-                if making.thread == me:
-                    raise Error(
-                        f"creating a representative of {what} calls {what} itself, which has none yet: "
-                        "use self and self.root there, not the reference"
-                    )
-                waits = _waits.get(making.thread)
-                if waits is None:
-                    break
-                reps, wanted = waits
-            _waits[me] = (self, key)
+        for _ in range(len(_waits) + 1):  # a circle without this thread is not ours to report
+            making = reps._making.get(wanted)
+            if making is None:
+                return False
+            if making.thread == me:
+                return True
+            waits = _waits.get(making.thread)
+            if waits is None:
+                return False
+            reps, wanted = waits
+        return False

@@ -13,7 +13,8 @@ from typing import Any
 from k42 import _native
 
 _KEY = "_k42_reference_type"
-_lock = threading.Lock()  # protects the making of reference types; class attributes are read under it
+# Protects the setting of _KEY; innermost. Reentrant, for a finaliser that the collector runs under it may create.
+_lock = threading.RLock()
 
 # What a reference has of its own (identity, pickling, life), and what belongs to the class as a class.
 _NOT_FORWARDED = (
@@ -38,10 +39,11 @@ def reference_type(cls: type, base: type) -> type:
     """Return the type of references to `cls`, of which `base` and its bases contribute nothing."""
     made = cls.__dict__.get(_KEY)
     if made is None:
+        generated = _generate(cls, base)
         with _lock:
             made = cls.__dict__.get(_KEY)
             if made is None:
-                made = _generate(cls, base)
+                made = generated
                 setattr(cls, _KEY, made)
     assert isinstance(made, type)
     return made

@@ -109,7 +109,7 @@ class SharedFCM(FileCacheManager):
             self.backing = backing
             self.pages = -(-fr.size() // PAGE)
             self.cluster = global_pm.cluster() if backing is Backing.FILE else 1
-            memfd = os.memfd_create(b"k42:" + os.fsencode(fr.name())[-200:], os.MFD_CLOEXEC)
+            memfd = os.memfd_create("k42:" + os.path.basename(fr.name())[:48], os.MFD_CLOEXEC)
             try:
                 os.ftruncate(memfd, self.pages * PAGE)
                 if backing is Backing.FILE:

@@ -363,7 +363,9 @@ class Kernel:
         elif group > self.budget // PAGE:
             raise OutOfFrames("one page of this size is larger than the kernel's budget: ask for a smaller page_size")
         try:
-            return self._make_fcm(ZeroFR.create(size), Backing.OVERCOMMITTED if overcommit else Backing.RESERVED), reserved
+            return self._make_fcm(
+                ZeroFR.create(size), Backing.OVERCOMMITTED if overcommit else Backing.RESERVED
+            ), reserved
         except BaseException:
             self._global_pm.unreserve(reserved)
             raise

@@ -52,9 +52,7 @@ class KernelProcess:
         self.stop()
 
 
-def launch(
-    socket: str | os.PathLike[str], budget: int | None = None, linger: float | None = None
-) -> KernelProcess:
+def launch(socket: str | os.PathLike[str], budget: int | None = None, linger: float | None = None) -> KernelProcess:
     """Starts ``k42 serve`` and returns when it answers.
 
     Args:
@@ -83,7 +81,9 @@ def launch(
         if time.monotonic() > deadline:
             process.kill()
             process.wait()
-            raise KernelUnavailable(f"the kernel did not answer within {_START_LIMIT:g} s; its log: {log}\n{_tail(log)}")
+            raise KernelUnavailable(
+                f"the kernel did not answer within {_START_LIMIT:g} s; its log: {log}\n{_tail(log)}"
+            )
         time.sleep(0.01)
     return KernelProcess(process, path, log)
 

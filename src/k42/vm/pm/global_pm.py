@@ -201,9 +201,7 @@ class SharedGlobalPM(GlobalPageManager):
 
     def _unpromised(self) -> int:
         usage = self.usage()
-        return max(
-            0, usage["budget"] - usage["promised_anonymous"] - usage["promised_file"] - usage["overcommitted"]
-        )
+        return max(0, usage["budget"] - usage["promised_anonymous"] - usage["promised_file"] - usage["overcommitted"])
 
     @staticmethod
     def _text(frames: int) -> str:
