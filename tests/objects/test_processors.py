@@ -312,6 +312,7 @@ def test_finalisers_may_call_while_representatives_are_made():
             Log.create().add()
 
     logs = [Log.create()]
+    logs[0].add()
     thresholds = gc.get_threshold()
     gc.set_threshold(1)
     try:
@@ -322,4 +323,5 @@ def test_finalisers_may_call_while_representatives_are_made():
             k42.destroy(ref)
     finally:
         gc.set_threshold(*thresholds)
+    gc.collect()
     k42.destroy(logs[0])

@@ -13,13 +13,11 @@ from typing import Any
 from k42 import _native
 
 _KEY = "_k42_reference_type"
-# Protects the setting of _KEY; innermost. Reentrant, for a finaliser that the collector runs under it may create.
+# Protects the setting of _KEY; innermost. Reentrant: a finaliser that the collector runs under it may create.
 _lock = threading.RLock()
 
 # What a reference has of its own (identity, pickling, life), and what belongs to the class as a class.
-_NOT_FORWARDED = (
-    frozenset(dir(object)) - {"__str__", "__format__", "__lt__", "__le__", "__gt__", "__ge__"}
-) | {
+_NOT_FORWARDED = (frozenset(dir(object)) - {"__str__", "__format__", "__lt__", "__le__", "__gt__", "__ge__"}) | {
     *(
         "__abstractmethods__",
         "__annotate__",
@@ -58,9 +56,7 @@ def _generate(cls: type, base: type) -> type:
             if name not in _NOT_FORWARDED:
                 attributes[name] = value
     namespace = {
-        name: made
-        for name, value in attributes.items()
-        if (made := _descriptor(cls, name, value)) is not None
+        name: made for name, value in attributes.items() if (made := _descriptor(cls, name, value)) is not None
     }
     namespace |= {
         "__slots__": (),
