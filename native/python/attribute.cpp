@@ -35,8 +35,7 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     static const char* names[] = {"name", "settable", nullptr};
     PyObject* name;
     int settable;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Up:Attribute", const_cast<char**>(names), &name,
-                                     &settable))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Up:Attribute", const_cast<char**>(names), &name, &settable))
         return nullptr;
     PyObject* o = type->tp_alloc(type, 0);
     if (!o) return nullptr;
@@ -60,8 +59,8 @@ PyType_Slot slots[] = {
     {0, nullptr},
 };
 
-PyType_Spec spec = {"k42._native.Attribute", sizeof(AttributeObject), 0,
-                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, slots};
+PyType_Spec spec = {"k42._native.Attribute", sizeof(AttributeObject), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+                    slots};
 
 }  // namespace
 

@@ -49,8 +49,7 @@ PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t nargsf, P
             size_t count = static_cast<size_t>(nargs) | PY_VECTORCALL_ARGUMENTS_OFFSET;
             if (self->direct && Py_TYPE(rep) == self->rep_type) [[likely]] {
                 PyObject* function = self->function;
-                result = reinterpret_cast<PyFunctionObject*>(function)->vectorcall(function, copy + 1, count,
-                                                                                   kwnames);
+                result = reinterpret_cast<PyFunctionObject*>(function)->vectorcall(function, copy + 1, count, kwnames);
             } else {
                 result = PyObject_VectorcallMethod(self->name, copy + 1, count, kwnames);
             }
@@ -112,8 +111,7 @@ void dealloc(PyObject* o) {
 }
 
 PyObject* repr(PyObject* o) {
-    return PyUnicode_FromFormat("<method '%U' of references to %s>", cast(o)->name,
-                                cast(o)->rep_type->tp_name);
+    return PyUnicode_FromFormat("<method '%U' of references to %s>", cast(o)->name, cast(o)->rep_type->tp_name);
 }
 
 PyObject* doc(PyObject* o, void*) { return PyObject_GetAttrString(cast(o)->function, "__doc__"); }
@@ -130,8 +128,7 @@ PyGetSetDef getset[] = {
 PyMemberDef members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(MethodObject, vectorcall), READONLY, nullptr},
     {"__name__", T_OBJECT_EX, offsetof(MethodObject, name), READONLY, nullptr},
-    {"__wrapped__", T_OBJECT_EX, offsetof(MethodObject, function), READONLY,
-     nullptr},  // for inspect.signature
+    {"__wrapped__", T_OBJECT_EX, offsetof(MethodObject, function), READONLY, nullptr},  // for inspect.signature
     {nullptr, 0, 0, 0, nullptr},
 };
 

@@ -17,8 +17,7 @@ struct LeaseObject {
 void lease_dealloc(PyObject* o) {
     PyTypeObject* type = Py_TYPE(o);
     // At the interpreter's end and in the child of a fork other threads' dictionaries are dropped here too.
-    if (reinterpret_cast<LeaseObject*>(o)->processor == runtime::current_or_null())
-        runtime::release_current();
+    if (reinterpret_cast<LeaseObject*>(o)->processor == runtime::current_or_null()) runtime::release_current();
     type->tp_free(o);
     Py_DECREF(type);
 }

@@ -20,8 +20,7 @@ PyObject* destroyed_error = nullptr;  // k42.errors.Destroyed
 ReferenceObject* cast(PyObject* o) { return reinterpret_cast<ReferenceObject*>(o); }
 
 void set_destroyed(PyObject* reference) {
-    PyErr_Format(destroyed_error, "this %s has been destroyed: create a new one",
-                 Py_TYPE(reference)->tp_name);
+    PyErr_Format(destroyed_error, "this %s has been destroyed: create a new one", Py_TYPE(reference)->tp_name);
 }
 
 // runtime::Release: nobody uses the object any more.
@@ -108,11 +107,10 @@ int setattro(PyObject* o, PyObject* name, PyObject* value) {
 }
 
 PyObject* refuse_pickle(PyObject* o, PyObject*) {
-    PyErr_Format(
-        PyExc_TypeError,
-        "cannot pickle or copy a reference to %s: it names an object of this process; pickle the values "
-        "that its methods return",
-        Py_TYPE(o)->tp_name);
+    PyErr_Format(PyExc_TypeError,
+                 "cannot pickle or copy a reference to %s: it names an object of this process; pickle the values "
+                 "that its methods return",
+                 Py_TYPE(o)->tp_name);
     return nullptr;
 }
 
@@ -140,8 +138,8 @@ PyType_Slot slots[] = {
 };
 
 PyType_Spec spec = {"k42._native.Reference", sizeof(ReferenceObject), 0,
-                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC |
-                        Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE,
+                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION |
+                        Py_TPFLAGS_IMMUTABLETYPE,
                     slots};
 
 PyObject* create_reference(PyObject*, PyObject* args) {
@@ -197,14 +195,13 @@ PyMethodDef functions[] = {
     {"create_reference", create_reference, METH_VARARGS,
      PyDoc_STR("create_reference(type, root) -> a new reference whose misses go to root.handle_miss()")},
     {"destroy", destroy_reference, METH_O,
-     PyDoc_STR(
-         "destroy($module, reference, /)\n--\n\n"
-         "Destroy a Clustered Object: new calls raise `Destroyed`, calls that run finish.\n\n"
-         "Its representatives and its root are released when every request that runs now has ended; allowed\n"
-         "inside a call on the object itself.\n\n"
-         "Returns True when they have been released already, False when running requests delay it.\n"
-         "Raises `Destroyed` when the object was destroyed before, TypeError for anything but a reference.\n"
-         "Section 2.2 of the paper.")},
+     PyDoc_STR("destroy($module, reference, /)\n--\n\n"
+               "Destroy a Clustered Object: new calls raise `Destroyed`, calls that run finish.\n\n"
+               "Its representatives and its root are released when every request that runs now has ended; allowed\n"
+               "inside a call on the object itself.\n\n"
+               "Returns True when they have been released already, False when running requests delay it.\n"
+               "Raises `Destroyed` when the object was destroyed before, TypeError for anything but a reference.\n"
+               "Section 2.2 of the paper.")},
     {"local", local, METH_O,
      PyDoc_STR("local($module, reference, /)\n--\n\n"
                "Return the representative that calls on this processor reach; a miss makes it.\n\n"

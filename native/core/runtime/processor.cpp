@@ -19,8 +19,7 @@ constexpr std::uint32_t nobody = UINT32_MAX;
 class Registry {
   public:
     static Registry& instance() {
-        static Registry* registry =
-            new Registry();  // never destroyed: threads may outlive static destructors
+        static Registry* registry = new Registry();  // never destroyed: threads may outlive static destructors
         return *registry;
     }
 

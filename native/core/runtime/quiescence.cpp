@@ -22,8 +22,7 @@ Mark Mark::take(const Processor& p) {
 
 bool Mark::elapsed() {
     // Acquire: what those requests did happens before what the caller frees.
-    std::erase_if(waiting_,
-                  [](auto& w) { return w.first->requests.load(std::memory_order_acquire) != w.second; });
+    std::erase_if(waiting_, [](auto& w) { return w.first->requests.load(std::memory_order_acquire) != w.second; });
     return waiting_.empty();
 }
 

@@ -85,8 +85,7 @@ void recycle(World& world, Processor& here, Index index) {
     Index head = returned.load(std::memory_order_relaxed);
     do {
         entry.next = head;
-    } while (
-        !returned.compare_exchange_weak(head, index, std::memory_order_release, std::memory_order_relaxed));
+    } while (!returned.compare_exchange_weak(head, index, std::memory_order_release, std::memory_order_relaxed));
 }
 
 void finish(World& world, Coid coid, void* object, Release release) {
@@ -191,8 +190,7 @@ void install(Processor& p, Coid coid, void* rep) {
     local.store(rep, std::memory_order_seq_cst);
     // Either a destruction that races sees our entry and empties it, or we see its mark.
     State state = World::instance().entries.at(index).state.load(std::memory_order_seq_cst);
-    if (!(state & live) || generation(state) != generation(coid))
-        local.store(nullptr, std::memory_order_seq_cst);
+    if (!(state & live) || generation(state) != generation(coid)) local.store(nullptr, std::memory_order_seq_cst);
 }
 
 }  // namespace k42::runtime
