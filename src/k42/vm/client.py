@@ -77,7 +77,9 @@ class Client:
             raise KernelUnavailable(f"the kernel there belongs to user {uid}, not to you")
         try:
             reply, descriptors = self._exchange({"op": "hello", "version": protocol.VERSION}, ())
-            [status] = descriptors
+            if len(descriptors) != 1 or not {"pid", "budget", "cpus"} <= reply.keys():
+                protocol.close_all(descriptors)
+                raise ProtocolError("what listens there is no kernel of k42")
         except BaseException:
             connection.close()
             raise
@@ -86,6 +88,7 @@ class Client:
         self.budget: int = reply["budget"]
         """The kernel's budget in bytes."""
         self._cpus: list[int] = reply["cpus"]
+        [status] = descriptors
         self._status = _native.map_status(status)
         os.close(status)
         self._guard = _native.Guard(connection.fileno(), int(grace * 1000))
@@ -291,6 +294,16 @@ class Client:
             for descriptor in self._uffds.values():
                 os.close(descriptor)
 
+    def __del__(self) -> None:
+        if self._closed or not hasattr(self, "_guard"):
+            return
+        # No mapping is left, or there would be a reference.
+        self._closed = True
+        self._guard.stop()
+        self._connection.close()
+        for descriptor in self._uffds.values():
+            os.close(descriptor)
+
     def _after_fork(self) -> None:
         """In a forked child: the parent's connection, mappings and userfaultfds are the parent's."""
         self._lock = threading.Lock()
@@ -348,7 +361,7 @@ def _dial(path: Path) -> socket.socket:
     except OSError as error:
         connection.close()
         raise KernelUnavailable(
-            f"no kernel listens on {path} ({error.strerror}): start one with `k42 serve --socket {path}`"
+            f"no kernel listens on {path} ({error.strerror or error}): start one with `k42 serve --socket {path}`"
         ) from error
     return connection
 

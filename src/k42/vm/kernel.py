@@ -90,12 +90,12 @@ class Kernel:
 
     Raises:
         KernelUnavailable: another kernel listens there already.
-        ValueError: the budget is below one page.
+        OutOfFrames: the budget is below one page.
     """
 
     def __init__(self, socket_path: Path, budget: int, linger: float | None) -> None:
         if budget < PAGE:
-            raise ValueError(f"the budget must be at least one page of {PAGE} bytes, not {budget}")
+            raise OutOfFrames(f"the budget must be at least one page of {PAGE} bytes, not {budget}")
         self.budget = budget
         self.linger = linger
         self.cpus = sorted(os.sched_getaffinity(0))
@@ -134,7 +134,7 @@ class Kernel:
         except OSError as error:
             listener.close()
             os.close(lock)
-            raise KernelUnavailable(f"cannot listen on {self._path}: {error.strerror}") from error
+            raise KernelUnavailable(f"cannot listen on {self._path}: {error.strerror or error}") from error
         return lock, listener
 
     # The life of the kernel.
@@ -513,7 +513,7 @@ def serve(socket: str | None = None, budget: int | None = None, linger: float | 
 
     Raises:
         KernelUnavailable: another kernel listens there already.
-        ValueError: the budget is below one page.
+        OutOfFrames: the budget is below one page.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:

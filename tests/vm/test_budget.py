@@ -1,0 +1,237 @@
+"""Memory in use never exceeds the budget, and all that is read under it is right."""
+
+from __future__ import annotations
+
+import gc
+import random
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from vm_support import PAGE, anonymous_bytes, file_counts, frame_bytes, until, words
+
+from k42 import vm
+
+READ_ALL = """
+    import random
+    socket, path, page_size, order, seed = sys.argv[1:]
+    wanted = open(path, "rb").read()
+    with vm.connect(socket) as client, client.open(path, page_size=int(page_size)) as mapping:
+        say("ready")
+        sys.stdin.readline()
+        step = 4096
+        places = list(range(0, len(wanted), step))
+        if order == "random":
+            random.Random(int(seed)).shuffle(places)
+        for at in places:
+            if mapping[at : at + step] != wanted[at : at + step]:
+                say("WRONG at", at)
+        say("done")
+    """
+
+
+def file_of(folder: Path, size: int, name: str = "file", seed: int = 0) -> tuple[Path, bytes]:
+    content = words(size, seed)
+    path = folder / name
+    path.write_bytes(content)
+    return path, content
+
+
+@pytest.mark.parametrize("page_size", [4096, 65536])
+@pytest.mark.parametrize("order", ["sequential", "random"])
+def test_two_processes_read_eight_times_the_budget(kernels, connect, script, folder, page_size, order):
+    budget = 1 << 20
+    kernel = kernels(budget)
+    path, _ = file_of(folder, 8 * budget + 123)
+    client = connect(kernel)
+    readers = [script(READ_ALL, kernel.socket, path, page_size, order, seed) for seed in (1, 2)]
+    for reader in readers:
+        assert reader.line() == "ready"
+    for reader in readers:
+        reader.tell()
+    most = polls = 0
+    while any(reader.process.poll() is None for reader in readers):
+        resident, frames = frame_bytes(kernel.pid), client.stat()["frames"]
+        assert resident <= budget
+        assert frames["file"] + frames["reserved"] + frames["overcommitted"] <= frames["budget"] == budget // PAGE
+        most = max(most, resident)
+        polls += 1
+    for reader in readers:
+        assert reader.good() == "done\n"
+    assert polls > 3
+    assert most > budget // 2  # the poll saw the work
+    assert file_counts(client, path)["evicted"] >= 7 * budget // PAGE
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 31])
+def test_tiny_budgets(kernels, connect, folder, frames):
+    kernel = kernels(frames * PAGE)
+    path, content = file_of(folder, 100 * PAGE + 17)
+    with connect(kernel).open(path) as mapping:
+        if frames > 1:
+            assert bytes(mapping) == content
+        # Byte by byte: an access to two pages at once cannot be had with one frame.
+        places = [*range(0, len(content), PAGE), *range(len(content) - 1, 0, -PAGE)]
+        places += random.Random(frames).sample(range(len(content)), 300)
+        for at in places:
+            assert mapping[at] == content[at]
+            assert frame_bytes(kernel.pid) <= frames * PAGE
+
+
+def test_a_budget_that_is_no_whole_number_of_pages(kernels, connect, folder):
+    kernel = kernels(5 * PAGE + 4095)
+    path, content = file_of(folder, 50 * PAGE)
+    client = connect(kernel)
+    with client.open(path) as mapping:
+        assert bytes(mapping) == content
+        assert client.stat()["frames"]["budget"] == 5
+        assert frame_bytes(kernel.pid) <= 5 * PAGE
+
+
+def test_two_files_take_frames_from_each_other(kernels, connect, folder):
+    kernel = kernels(64 * PAGE)
+    client = connect(kernel)
+    files = [file_of(folder, 60 * PAGE, f"file{i}", i) for i in range(4)]
+    mappings = [client.open(path) for path, _ in files]
+    for _ in range(3):
+        for mapping, (_, content) in zip(mappings, files, strict=True):
+            assert bytes(mapping) == content
+            assert client.stat()["frames"]["file"] <= 64
+    for mapping in mappings:
+        mapping.close()
+
+
+def test_pages_larger_than_the_budget(kernels, connect, folder):
+    kernel = kernels(31 * PAGE)
+    path, content = file_of(folder, 10 * PAGE)
+    client = connect(kernel)
+    with pytest.raises(vm.OutOfFrames, match="smaller page_size.*--budget"):
+        client.open(path, page_size=32 * PAGE)
+    with pytest.raises(vm.OutOfFrames, match="page_size"):
+        client.anonymous(PAGE, page_size=32 * PAGE, overcommit=True)
+    with client.open(path, page_size=16 * PAGE) as mapping:
+        assert bytes(mapping) == content
+
+
+def test_anonymous_memory_that_does_not_fit(kernels, connect, folder):
+    kernel = kernels(100 * PAGE)
+    client = connect(kernel)
+    with pytest.raises(vm.OutOfFrames, match=r"404 KiB of anonymous memory.*400 KiB.*--budget"):
+        client.anonymous(101 * PAGE)
+    whole = client.anonymous(100 * PAGE)
+    with pytest.raises(vm.OutOfFrames, match="--budget"):
+        client.anonymous(1)
+    path, content = file_of(folder, 200 * PAGE)
+    with pytest.raises(vm.OutOfFrames, match="--budget"):
+        client.open(path)  # there would be no frame for it, ever
+    whole[::PAGE] = b"x" * 100
+    assert client.stat()["frames"]["reserved"] == 100
+    assert frame_bytes(kernel.pid) == 100 * PAGE
+    whole.close()
+    assert client.stat()["frames"]["reserved"] == client.stat()["frames"]["promised_anonymous"] == 0
+    with client.anonymous(60 * PAGE) as again:
+        assert bytes(again) == bytes(60 * PAGE)  # nothing of what was written before
+        with client.open(path) as mapping:
+            assert bytes(mapping) == content
+        assert frame_bytes(kernel.pid) <= 100 * PAGE
+
+
+def test_promised_memory_is_had_from_files(kernels, connect, folder):
+    kernel = kernels(100 * PAGE)
+    client = connect(kernel)
+    path, content = file_of(folder, 300 * PAGE)
+    with client.open(path) as mapping:
+        assert bytes(mapping) == content
+        assert client.stat()["frames"]["file"] > 60
+        memory = client.anonymous(80 * PAGE)
+        memory[::PAGE] = bytes(range(80))
+        assert client.stat()["frames"]["reserved"] == 80
+        assert client.stat()["frames"]["file"] <= 20
+        assert bytes(mapping) == content
+        assert memory[::PAGE] == bytes(range(80))
+        memory.close()
+
+
+@pytest.mark.parametrize("page_size", [4096, 65536])
+def test_overcommitted_memory_runs_out(kernels, connect, script, page_size):
+    kernel = kernels(64 * PAGE)
+    code = """
+        client = vm.connect(sys.argv[1])
+        memory = client.anonymous(1 << 30, page_size=int(sys.argv[2]), overcommit=True)
+        for page in range(1 << 18):
+            memory[page * 4096] = 1
+            if page % 16 == 15:
+                say(page + 1)
+        """
+    touching = script(code, kernel.socket, page_size)
+    assert touching.finish() == -signal.SIGBUS
+    assert touching.rest().split() == ["16", "32", "48", "64"]
+    assert re.search(
+        r"k42: bus error in the mapping of anonymous memory, offset 262144 \(address 0x[0-9a-f]+\): "
+        r"the kernel's budget \(256 KiB\) has no frame left for this page: .*--budget",
+        touching.stderr(),
+    )
+    client = connect(kernel)
+    until(lambda: client.stat()["frames"]["overcommitted"] == 0, "the dead client's frames are free")
+    with client.anonymous(64 * PAGE) as memory:
+        memory[::PAGE] = b"y" * 64
+
+
+def test_a_tebibyte_costs_nothing_until_touched(kernels, connect):
+    kernel = kernels(64 << 20)
+    client = connect(kernel)
+
+    def resident(pid: int | str) -> int:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+
+    client.anonymous(PAGE, overcommit=True).close()
+    before = resident("self"), resident(kernel.pid)
+    memory = client.anonymous(1 << 40, overcommit=True)
+    assert len(memory) == 1 << 40
+    assert resident("self") - before[0] < 10 << 20
+    assert resident(kernel.pid) - before[1] < 10 << 20
+    for i in range(100):
+        memory[i * (10 << 30) + 5] = i
+    assert [memory[i * (10 << 30) + 5] for i in range(100)] == list(range(100))
+    assert memory[-1] == 0
+    assert client.stat()["frames"]["overcommitted"] == 101
+    assert resident(kernel.pid) - before[1] < 10 << 20
+    memory.close()
+    assert client.stat()["frames"]["overcommitted"] == 0
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "file"])
+def test_a_resident_page_costs_64_bytes(kernels, connect, folder, kind):
+    pages = 20_000
+    kernel = kernels(256 << 20)
+    client = connect(kernel)
+    path = folder / "file"
+    with path.open("wb") as sparse:
+        sparse.truncate((pages + 2000) * PAGE)
+    if kind == "file":
+        mapping = client.open(path, page_size=65536)
+    else:
+        mapping = client.anonymous((pages + 2000) * PAGE)
+    mapping[: 2000 * PAGE : PAGE]  # what the first faults bring in once is not the pages'
+    before = anonymous_bytes(kernel.pid)
+    assert mapping[2000 * PAGE :: PAGE] == bytes(pages)
+    grown = anonymous_bytes(kernel.pid) - before
+    [counts] = client.stat()["files"]
+    assert counts["descriptors"] == pages + 2000
+    assert counts["table_bytes"] <= 64 * counts["descriptors"]
+    assert grown <= 64 * pages
+    mapping.close()
+
+
+def test_evicted_pages_cost_nothing(kernels, connect, folder):
+    kernel = kernels(64 * PAGE)
+    path, _ = file_of(folder, 4000 * PAGE)
+    client = connect(kernel)
+    with client.open(path) as mapping:
+        for _ in range(2):
+            mapping[::PAGE]
+            counts = file_counts(client, path)
+            assert counts["descriptors"] <= 64
+            assert counts["table_bytes"] < 256 << 10
+    gc.collect()

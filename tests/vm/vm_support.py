@@ -1,0 +1,174 @@
+"""What the tests of the virtual memory system share."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PAGE = 4096
+
+# Every script: no core files (SIGBUS makes them), and the names that nearly all need.
+_PRELUDE = """
+import faulthandler, os, resource, signal, sys, threading
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+faulthandler.dump_traceback_later(90, exit=True)  # a fault that hangs may hold the GIL
+def say(*words):
+    print(*words, flush=True)
+"""
+_CONNECT = """
+import warnings
+import k42.vm as vm
+warnings.simplefilter("ignore", vm.UserModeOnlyWarning)  # tests of it connect by themselves
+"""
+
+
+def words(size: int, seed: int = 0) -> bytes:
+    """Bytes in which each eight say where they are: a page at the wrong place, of zeros, or of another file shows."""
+    count = -(-size // 8)
+    return b"".join((seed << 40 | i + 1).to_bytes(8, "little") for i in range(count))[:size]
+
+
+def until(condition: Callable[[], Any], what: str, limit: float = 30.0) -> Any:
+    """Polls; the value of the condition once it is true."""
+    deadline = time.monotonic() + limit
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {limit:g} s: {what}"
+        time.sleep(0.005)
+    return value
+
+
+class Script:
+    """A Python process that runs the code given, with its output at hand."""
+
+    def __init__(
+        self, code: str, *arguments: object, connect: bool = True, options: tuple[str, ...] = (), **popen: Any
+    ):
+        self._stderr = tempfile.TemporaryFile("w+")
+        source = _PRELUDE + _CONNECT * connect + textwrap.dedent(code)
+        self.process = subprocess.Popen(
+            [sys.executable, *options, "-c", source, *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            **popen,
+        )
+        self.pid = self.process.pid
+
+    def line(self) -> str:
+        """Its next line of output; fails, with what it said on stderr, when there is none."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the script ended with {self.process.wait()}:\n{self.stderr()}"
+        return line.strip()
+
+    def tell(self, text: str = "go") -> None:
+        """Gives it a line of input."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(text + "\n")
+        self.process.stdin.flush()
+
+    def finish(self) -> int:
+        """Waits for its end; its exit status."""
+        return self.process.wait(60)
+
+    def rest(self) -> str:
+        """What it still printed."""
+        assert self.process.stdout is not None
+        return self.process.stdout.read()
+
+    def stderr(self) -> str:
+        """What it has written to stderr so far."""
+        self._stderr.seek(0)
+        return self._stderr.read()
+
+    def good(self) -> str:
+        """Waits for a good end; what it printed."""
+        output = self.rest()
+        assert self.finish() == 0, f"{output}\n{self.stderr()}"
+        return output
+
+    def dispose(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self._stderr):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+
+class Raw:
+    """A connection that says what the test wants, right or wrong."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.settimeout(30)
+        self.socket.connect(str(path))
+
+    def ask(self, message: object, descriptors: tuple[int, ...] = ()) -> dict[str, Any]:
+        data = message if isinstance(message, bytes) else json.dumps(message).encode()
+        socket.send_fds(self.socket, [data], list(descriptors))
+        reply, received, _, _ = socket.recv_fds(self.socket, 65536, 8)
+        for descriptor in received:
+            os.close(descriptor)
+        answer: dict[str, Any] = json.loads(reply)
+        return answer
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
+def descriptors_of(pid: int) -> list[str]:
+    """What the descriptors of a process lead to."""
+    links = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            links.append(os.readlink(entry))
+    return links
+
+
+def frame_bytes(pid: int) -> int:
+    """Memory in the kernel's frames, as Linux counts it."""
+    total = 0
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if os.readlink(entry).startswith("/memfd:k42:"):
+                total += entry.stat().st_blocks * 512
+    return total
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Memory of a process's own. By a walk of its page tables: the counters in /proc/PID/status are approximate."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError
+
+
+def file_counts(client: Any, path: Path) -> dict[str, Any]:
+    """The kernel's counts of one file."""
+    [counts] = [file for file in client.stat()["files"] if file["name"] == str(path)]
+    found: dict[str, Any] = counts
+    return found
+
+
+def has_ended(pid: int) -> bool:
+    """Gone, or a zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] == "Z"
+    except OSError:
+        return True
