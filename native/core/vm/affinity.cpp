@@ -17,7 +17,7 @@ void StickyAffinity::fault(pid_t pid, pid_t tid, uint64_t now) {
         if (thread.tid != tid) continue;
         if (now - thread.last > kGap && !thread.held) thread.faults = 0;
         thread.last = now;
-        if (++thread.faults == kBurst) {
+        if (++thread.faults == kBurst && !thread.held) {  // not again when the count has wrapped: `own` is kept
             hold(thread);
             kept_ += thread.held;
         }

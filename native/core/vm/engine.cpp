@@ -51,8 +51,14 @@ void Engine::stop() {
             const uint64_t one = 1;
             [[maybe_unused]] const auto written = write(server->wake, &one, sizeof one);
             server->thread.join();
-            close(server->epoll);
-            close(server->wake);
+        }
+        {
+            std::lock_guard guard(server->clients_lock);  // add() and remove() may be at work
+            for (auto& client : server->clients) client->hat->release();
+            server->clients.clear();
+            if (server->epoll >= 0) close(server->epoll);
+            if (server->wake >= 0) close(server->wake);
+            server->epoll = server->wake = -1;
         }
         std::lock_guard guard(server->queue_lock);
         server->stopped = true;

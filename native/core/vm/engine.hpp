@@ -43,7 +43,7 @@ class Engine {
     Engine& operator=(const Engine&) = delete;
 
     void start();
-    // Ends the server threads; next() returns nothing from then on.
+    // Ends the server threads and lets all HATs go; next() returns nothing and add() refuses from then on.
     void stop();
 
     // Serves the HAT's userfaultfd of this CPU (an index into cpus), of process `pid`, until remove().
@@ -80,7 +80,8 @@ class Engine {
         int wake = -1;
         std::thread thread;
 
-        std::mutex clients_lock;  // protects clients; held while a server handles one client's faults
+        // Protects clients, and epoll against being closed; held while a server handles one client's faults.
+        std::mutex clients_lock;
         std::vector<std::unique_ptr<Client>> clients;
 
         std::mutex queue_lock;  // protects queue and stopped; a leaf

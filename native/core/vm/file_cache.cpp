@@ -170,6 +170,7 @@ Outcome FileCache::complete_io(const FaultAt& fault, uint64_t page, Run run, uin
 void FileCache::abort_io(Run run) {
     Page* pages[kMaxGroup];
     table_.lock(run.first, run.count, pages);
+    punch(run.first, run.count);  // a fill that failed halfway has made some of the frames
     for (uint32_t i = 0; i < run.count; ++i) pages[i]->set_state(PageState::absent);
     PageWaiter* waiters = take_waiters(pages, run.count);
     table_.unlock(pages, run.count);

@@ -69,7 +69,8 @@ class FileCache {
     // The run is filled: makes it resident, maps for `fault` what of it lies in the pages [begin, end) that its region
     // shows, wakes those who waited.
     Outcome complete_io(const FaultAt& fault, uint64_t page, Run run, uint64_t begin, uint64_t end);
-    // The run could not be filled: absent again, those who waited try for themselves.
+    // The run could not be filled: absent again and its frames gone (give them back to the pool after it, not before),
+    // those who waited try for themselves.
     void abort_io(Run run);
 
     // Gives up to `count` resident pages back, oldest first; the number given back. Clean file pages only.
