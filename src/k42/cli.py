@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 from rich.console import Console
+from rich.markup import escape
 
 from k42.errors import Error
 
@@ -34,7 +35,7 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except Error as error:
-            Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]k42:[/] {error}")
+            Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]k42:[/] {escape(str(error))}")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None

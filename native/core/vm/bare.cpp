@@ -41,8 +41,7 @@ int open_blocking_userfaultfd() {
 }
 
 std::uint64_t now() {
-    return std::uint64_t(
-        std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count());
+    return std::uint64_t(std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count());
 }
 
 }  // namespace
@@ -60,7 +59,7 @@ BareWindow::BareWindow(int cpu, std::size_t bytes, std::size_t block, bool resid
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    server_ = std::thread([this, resident] { serve(resident); });
+    server_ = std::thread([this] { serve(); });
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     cpu_set_t cpus;
     CPU_ZERO(&cpus);
@@ -100,7 +99,7 @@ void BareWindow::map(bool resident) {
     }
 }
 
-void BareWindow::serve(bool resident) {
+void BareWindow::serve() {
     const auto base = reinterpret_cast<std::uintptr_t>(base_);
     const std::uint64_t last = base + mapped_ - block_;
     for (;;) {
@@ -114,7 +113,7 @@ void BareWindow::serve(bool resident) {
         // Counted before the page is there: who has touched it finds it counted.
         if (start != last) faults_.store(faults() + 1, std::memory_order_relaxed);
         int result;
-        if (resident) {
+        if (message.arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR) {
             uffdio_continue request{};
             request.range = {start, block_};
             result = ioctl(uffd_.get(), UFFDIO_CONTINUE, &request);

@@ -39,7 +39,7 @@ class BareWindow {
 
   private:
     void map(bool resident);
-    void serve(bool resident);
+    void serve();
     void stop();
 
     const std::size_t bytes_;

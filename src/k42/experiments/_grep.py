@@ -18,6 +18,8 @@ from k42.errors import Error
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+_CHUNK = 2**20  # bytes compared at a time
+
 
 def search(job: dict[str, Any]) -> None:
     """Say that all is ready, wait for a line, search, and say how many seconds it took.
@@ -58,13 +60,12 @@ def _mapper(job: dict[str, Any]) -> Iterator[Callable[[], AbstractContextManager
 def _check(memory: Buffer, path: str) -> None:
     """Compare a mapping with its file, byte for byte."""
     with open(path, "rb") as file, memoryview(memory) as view:
-        at = 0
-        while chunk := file.read(2**20):
-            if bytes(view[at : at + len(chunk)]) != chunk:  # faster than comparing the views
+        if len(view) != (nbytes := os.fstat(file.fileno()).st_size):
+            raise Error(f"the mapping of {path} has {len(view)} bytes, and the file has {nbytes}")
+        for at in range(0, nbytes, _CHUNK):
+            # Copied, as comparing views is slower.
+            if bytes(view[at : at + _CHUNK]) != file.read(_CHUNK):
                 raise Error(f"the mapping of {path} differs from the file in the MiB at byte {at}")
-            at += len(chunk)
-        if at != len(view):
-            raise Error(f"the mapping of {path} has {len(view)} bytes, and the file has {at}")
 
 
 if __name__ == "__main__":

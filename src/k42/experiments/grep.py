@@ -53,9 +53,7 @@ def write_corpus(path: Path, nbytes: int) -> None:
             file.write(text[: nbytes - start])
 
 
-def time_per_process(
-    implementation: str, processors: int, path: Path, page_size: int, socket: str | None
-) -> float:
+def time_per_process(implementation: str, processors: int, path: Path, page_size: int, socket: str | None) -> float:
     """The mean of the times that the processes take to map and search the file, in s.
 
     Args:
