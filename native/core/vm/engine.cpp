@@ -195,12 +195,19 @@ bool Engine::handle(const FaultAt& fault) {
 
 std::optional<HandedUp> Engine::next(int cpu) {
     Server& server = *servers_[cpu];
-    std::unique_lock guard(server.queue_lock);
-    server.queue_filled.wait(guard, [&] { return server.stopped || !server.queue.empty(); });
-    if (server.stopped) return std::nullopt;
-    HandedUp fault = server.queue.front();
-    server.queue.pop_front();
-    return fault;
+    for (;;) {
+        std::unique_lock guard(server.queue_lock);
+        server.queue_filled.wait(guard, [&] { return server.stopped || !server.queue.empty(); });
+        if (server.stopped) return std::nullopt;
+        HandedUp fault = server.queue.front();
+        server.queue.pop_front();
+        guard.unlock();
+        // While it was in the queue another fault may have brought its page in and its window gone: another file may be
+        // at this address now, whose pages are not to be mapped, nor failed, for this one.
+        if (fault.hat->canonical(fault.cpu, fault.address) == fault.canonical) return fault;
+        fault.hat->wake(fault.cpu, fault.address, kPageSize);
+        fault.hat->release();
+    }
 }
 
 Engine::Counts Engine::counts() const {
