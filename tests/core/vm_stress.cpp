@@ -934,6 +934,77 @@ void real_unmap() {
     }
 }
 
+// Two faults of one group are handed up; the first brings the page of the second in, too. The second stays in the
+// queue while its window goes and another file's comes to the same address: it must not touch that.
+void real_stale_hand_up() {
+    begin("real_stale_hand_up");
+    constexpr uint64_t kPages = 4, kLength = kPages * kPageSize;
+    World old(16, kPages, Fill::store, Backing::file);
+    World now(16, kPages, Fill::store, Backing::file);
+    Random random(seed());
+    const std::vector<int> cpus = machine_cpus();
+    auto* hat = new UffdHat(1, &old.regions, int(cpus.size()), StatusPage::create());
+    const int uffd = open_userfaultfd(false);
+    CHECK(uffd >= 0 && hat->attach(0, uffd));
+    // The region's addresses are those of a window elsewhere.
+    void* canonical = mmap(nullptr, kLength, PROT_READ, MAP_SHARED, old.memory.fd(), 0);
+    auto* window =
+        static_cast<volatile unsigned char*>(mmap(nullptr, kLength, PROT_READ, MAP_SHARED, old.memory.fd(), 0));
+    CHECK(canonical != MAP_FAILED && window != MAP_FAILED);
+    const auto start = reinterpret_cast<uint64_t>(canonical);
+    const auto base = reinterpret_cast<uint64_t>(window);
+    CHECK_EQUAL(register_range(uffd, base, kLength), 0);
+    Region region(start, kPages, 0, kPages, &old.cache, hat);
+    CHECK(old.regions.insert(start, start + kLength, &region) && hat->add_window(0, base, kLength, start));
+    Engine engine(cpus, false);
+    engine.start();
+    CHECK(engine.add(hat, 0, getpid()));
+
+    std::thread first([&] { CHECK_EQUAL(window[0], uint8_t(pattern(0, 0))); });
+    const auto fault = engine.next(0);
+    CHECK(fault);
+    std::thread second([&] { CHECK_EQUAL(window[kPageSize], uint8_t(pattern(1, 0))); });
+    while (engine.counts().handed_up < 2) std::this_thread::yield();
+    old.finish({fault->hat, fault->cpu, fault->address}, random, 0);
+    fault->hat->release();
+    first.join();
+    second.join();
+
+    CHECK(hat->remove_window(0, base));
+    CHECK(mmap(reinterpret_cast<void*>(base), kLength, PROT_READ, MAP_SHARED | MAP_FIXED, now.memory.fd(), 0) !=
+          MAP_FAILED);
+    CHECK_EQUAL(register_range(uffd, base, kLength), 0);
+    Region other(base, kPages, 0, 1, &now.cache, hat);
+    CHECK(old.regions.insert(base, base + kLength, &other) && hat->add_window(0, base, kLength, base));
+    const FileCache::Run run = now.cache.begin_io(1, 1, 1);
+    now.allocate(1, random);
+    CHECK(pwrite(now.memory.fd(), "half", 4, off_t(kPageSize)) == 4);
+    // What next() gives is the new file's fault, and the page in I/O was mapped by nobody.
+    std::thread third([&] { CHECK_EQUAL(window[2 * kPageSize], uint8_t(pattern(2, 0))); });
+    const auto next = engine.next(0);
+    CHECK(next);
+    CHECK_EQUAL(next->address, base + 2 * kPageSize);
+    CHECK_EQUAL(next->canonical, next->address);
+    const FileCache::Run filled = now.cache.begin_io(2, 2, 1);
+    now.allocate(1, random);
+    now.memory.fill(2);
+    const FaultAt at{next->hat, next->cpu, next->address};
+    CHECK(now.cache.complete_io(at, 2, filled, 0, kPages) == Outcome::mapped);
+    next->hat->release();
+    third.join();
+    std::thread fourth([&] { CHECK_EQUAL(window[kPageSize], uint8_t(pattern(1, 0))); });
+    while (now.cache.counts().queued == 0) std::this_thread::yield();  // it faulted: the page was not mapped
+    now.memory.fill(1);
+    CHECK(now.cache.complete_io({hat, 0, base + kPageSize}, 1, run, 0, kPages) == Outcome::mapped);
+    fourth.join();
+
+    engine.stop();
+    old.check_quiet();
+    munmap(canonical, kLength);
+    munmap(reinterpret_cast<void*>(base), kLength);
+    hat->release();
+}
+
 size_t open_descriptors() {
     size_t count = 0;
     DIR* directory = opendir("/proc/self/fd");
@@ -1008,6 +1079,7 @@ int main(int argc, char** argv) {
         real_file(31, 4, 250);
         real_file(1, 1, 20);
         real_unmap();
+        real_stale_hand_up();
         real_engine_stop();
     }
     std::puts("ok");
