@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -16,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 PAGE = 4096
+_LIMIT = 70.0  # seconds; scripts end themselves after 60
 
 # Every script: no core files (SIGBUS makes them), and the names that nearly all need.
 _PRELUDE = """
-import faulthandler, os, resource, signal, sys, threading
+import os, resource, signal, sys, threading
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-faulthandler.dump_traceback_later(90, exit=True)  # a fault that hangs may hold the GIL
+signal.alarm(60)  # a fault that hangs may hold the GIL: only Linux can end it
 def say(*words):
     print(*words, flush=True)
 """
@@ -60,32 +63,43 @@ class Script:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            text=True,
+            start_new_session=True,  # so that its children can be ended with it
             **popen,
         )
         self.pid = self.process.pid
+        self._output = b""
 
     def line(self) -> str:
         """Its next line of output; fails, with what it said on stderr, when there is none."""
+        while b"\n" not in self._output:
+            more = self._read()
+            assert more, f"the script ended with {self.finish()}:\n{self.stderr()}"
+            self._output += more
+        line, self._output = self._output.split(b"\n", 1)
+        return line.decode()
+
+    def _read(self) -> bytes:
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, f"the script ended with {self.process.wait()}:\n{self.stderr()}"
-        return line.strip()
+        ready, _, _ = select.select([self.process.stdout], [], [], _LIMIT)
+        assert ready, f"the script said nothing for {_LIMIT:g} s:\n{self.stderr()}"
+        return os.read(self.process.stdout.fileno(), 65536)
 
     def tell(self, text: str = "go") -> None:
         """Gives it a line of input."""
         assert self.process.stdin is not None
-        self.process.stdin.write(text + "\n")
+        self.process.stdin.write(text.encode() + b"\n")
         self.process.stdin.flush()
 
     def finish(self) -> int:
         """Waits for its end; its exit status."""
-        return self.process.wait(60)
+        return self.process.wait(_LIMIT)
 
     def rest(self) -> str:
         """What it still printed."""
-        assert self.process.stdout is not None
-        return self.process.stdout.read()
+        while more := self._read():
+            self._output += more
+        output, self._output = self._output.decode(), b""
+        return output
 
     def stderr(self) -> str:
         """What it has written to stderr so far."""
@@ -100,7 +114,7 @@ class Script:
 
     def dispose(self) -> None:
         if self.process.poll() is None:
-            self.process.kill()
+            os.killpg(self.pid, signal.SIGKILL)
             self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self._stderr):
             assert stream is not None

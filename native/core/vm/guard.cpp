@@ -141,7 +141,8 @@ void Guard::remove_range(uint64_t base) {
 void Guard::stop() {
     if (!thread_.joinable()) return;
     if (pid_ != getpid()) {
-        thread_.detach();  // a forked child has the object, but not the thread
+        // A forked child has the object but not the thread; a thread of the child's own may have its handle by now.
+        new std::thread(std::move(thread_));
         return;
     }
     stopping_.store(true);

@@ -308,6 +308,7 @@ class Client:
         """In a forked child: the parent's connection, mappings and userfaultfds are the parent's."""
         self._lock = threading.Lock()
         self._closed = True
+        self._mappings = weakref.WeakSet()
         self._connection.close()
         for descriptor in self._uffds.values():
             os.close(descriptor)
