@@ -86,7 +86,9 @@ def time_per_process(implementation: str, processors: int, path: Path, page_size
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,
-                    start_new_session=True,  # Ctrl-C is for this process, which then ends them
+                    # Ctrl-C is for this process, which then ends them. Not a session of their own: Linux would
+                    # schedule each as a group apart from the kernel that serves it (sched_autogroup).
+                    process_group=0,
                 )
             )
         for searcher in searchers:
