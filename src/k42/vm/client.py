@@ -376,7 +376,7 @@ def _dial_or_start(path: Path) -> socket.socket:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with contextlib.suppress(KernelUnavailable):
             return _dial(path)  # another client has started it meanwhile
-        launch(path, linger=_LINGER)
+        launch(path, linger=_LINGER).leave()
         return _dial(path)
     finally:
         os.close(lock)

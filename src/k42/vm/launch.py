@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from k42.vm import protocol
 from k42.vm.errors import KernelUnavailable
 
 _START_LIMIT = 30.0  # seconds
@@ -42,6 +43,10 @@ class KernelProcess:
         """Ends it at once, as ``kill -9`` does."""
         self._process.kill()
         self._process.wait()
+
+    def leave(self) -> None:
+        """Lets it go on without this process: nobody here ends it or waits for it."""
+        self._process.returncode = 0  # else the end of this object, or of this process, gives a ResourceWarning
 
     def __enter__(self) -> KernelProcess:
         return self
@@ -75,7 +80,7 @@ def launch(socket: str | os.PathLike[str], budget: int | None = None, linger: fl
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, close_fds=True
         )
     deadline = time.monotonic() + _START_LIMIT
-    while not _answers(path):
+    while not _answers(path, process.pid):
         if process.poll() is not None:
             raise KernelUnavailable(f"the kernel ended with status {process.returncode}; its log: {log}\n{_tail(log)}")
         if time.monotonic() > deadline:
@@ -92,10 +97,11 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _answers(path: Path) -> bool:
+def _answers(path: Path, pid: int) -> bool:
+    """Whether it is this process that listens: another kernel may be there already."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe, contextlib.suppress(OSError):
         probe.connect(str(path))
-        return True
+        return protocol.peer(probe)[0] == pid
     return False
 
 
