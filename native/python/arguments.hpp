@@ -47,8 +47,7 @@ bool convert(PyObject* o, T& out) {
 template <class... T>
 bool unpack(const char* function, PyObject* const* args, Py_ssize_t nargs, T&... out) {
     if (nargs != Py_ssize_t(sizeof...(out))) {
-        PyErr_Format(PyExc_TypeError, "%s() takes %zd arguments, not %zd", function, Py_ssize_t(sizeof...(out)),
-                     nargs);
+        PyErr_Format(PyExc_TypeError, "%s() takes %zd arguments, not %zd", function, Py_ssize_t(sizeof...(out)), nargs);
         return false;
     }
     [[maybe_unused]] Py_ssize_t i = 0;
@@ -66,13 +65,14 @@ bool unpack_new(const char* type, PyObject* args, PyObject* kwargs, T&... out) {
 }
 
 using FastMethod = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
-inline PyCFunction fast(FastMethod method) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(method)); }
+inline PyCFunction fast(FastMethod method) {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(method));
+}
 
 // A Python object that holds one C++ value of type T, made by tp_new and destroyed with it.
 template <class T>
 struct Holder {
-    PyObject_HEAD
-    T value;
+    PyObject_HEAD T value;
 
     static T& of(PyObject* self) { return reinterpret_cast<Holder*>(self)->value; }
 

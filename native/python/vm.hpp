@@ -36,7 +36,9 @@ struct HatValue {
 struct RegionValue {
     RegionValue(Ref cache_, Ref hat_, uint64_t start, uint64_t pages, uint64_t first_page, uint32_t group,
                 vm::FileCache* native_cache, vm::Hat* native_hat)
-        : cache(std::move(cache_)), hat(std::move(hat_)), region(start, pages, first_page, group, native_cache, native_hat) {}
+        : cache(std::move(cache_)),
+          hat(std::move(hat_)),
+          region(start, pages, first_page, group, native_cache, native_hat) {}
     Ref cache;
     Ref hat;
     vm::Region region;

@@ -8,7 +8,8 @@ namespace k42::edge {
 namespace {
 
 struct EngineValue {
-    EngineValue(std::vector<int> cpus, bool stick) : engine(std::move(cpus), stick), hats(Ref::steal(PySet_New(nullptr))) {}
+    EngineValue(std::vector<int> cpus, bool stick)
+        : engine(std::move(cpus), stick), hats(Ref::steal(PySet_New(nullptr))) {}
     vm::Engine engine;
     Ref hats;  // the set of UffdHats that the server threads may use: kept alive here
 };
@@ -154,7 +155,8 @@ PyMethodDef methods[] = {
     {"add", fast(add), METH_FASTCALL, "add(hat, cpu, pid): serve this client's userfaultfd of the CPU."},
     {"remove", fast(remove), METH_FASTCALL, "remove(hat): serve this client no more."},
     {"synchronize", synchronize, METH_NOARGS, "Wait until what was unlinked before is used by no server thread."},
-    {"handle", fast(handle), METH_FASTCALL, "handle(hat, cpu, address): resolve one fault here; False: it is Python's."},
+    {"handle", fast(handle), METH_FASTCALL,
+     "handle(hat, cpu, address): resolve one fault here; False: it is Python's."},
     {"next", fast(next), METH_FASTCALL,
      "next(cpu): wait for a fault handed up: (id of the HAT, cpu, window address, canonical address), or None."},
     {"counts", counts, METH_NOARGS, "Faults read, finished natively, handed up; bursts kept on their CPU."},

@@ -109,13 +109,11 @@ PyType_Slot slots[] = {
     {Py_tp_dealloc, reinterpret_cast<void*>(Self::dealloc)},
     {Py_tp_getset, properties},
     {Py_bf_getbuffer, reinterpret_cast<void*>(get_buffer)},
-    {Py_tp_doc,
-     const_cast<char*>("BareWindow(cpu, nbytes, block, resident, /)\n\n"
-                       "Memory whose faults a native thread on `cpu` takes, `block` bytes at a time.")},
+    {Py_tp_doc, const_cast<char*>("BareWindow(cpu, nbytes, block, resident, /)\n\n"
+                                  "Memory whose faults a native thread on `cpu` takes, `block` bytes at a time.")},
     {0, nullptr},
 };
-PyType_Spec spec = {"k42._native.BareWindow", sizeof(Self), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
-                    slots};
+PyType_Spec spec = {"k42._native.BareWindow", sizeof(Self), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, slots};
 
 PyMethodDef functions[] = {
     {"touch", fast(touch), METH_FASTCALL,

@@ -102,7 +102,8 @@ PyObject* complete_io(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 PyObject* abort_io(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t first;
     uint32_t count;
-    if (!unpack("abort_io", args, nargs, first, count) || !to_range(cache_of(self), first, first, count)) return nullptr;
+    if (!unpack("abort_io", args, nargs, first, count) || !to_range(cache_of(self), first, first, count))
+        return nullptr;
     {
         Detached detached;
         cache_of(self).abort_io({first, count});
@@ -142,8 +143,8 @@ PyObject* detach(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 
 PyObject* counts(PyObject* self, PyObject*) {
     const vm::FileCache::Counts c = cache_of(self).counts();
-    return Py_BuildValue("{sKsKsKsKsK}", "mapped", c.mapped, "zero_filled", c.zero_filled, "filled", c.filled,
-                         "queued", c.queued, "evicted", c.evicted);
+    return Py_BuildValue("{sKsKsKsKsK}", "mapped", c.mapped, "zero_filled", c.zero_filled, "filled", c.filled, "queued",
+                         c.queued, "evicted", c.evicted);
 }
 
 PyObject* memfd(PyObject* self, PyObject*) { return PyLong_FromLong(cache_of(self).memfd()); }

@@ -80,9 +80,8 @@ PyObject* wait(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 
 PyObject* usage(PyObject* self, PyObject*) {
     const FramePool::Usage u = pool_of(self).usage();
-    return Py_BuildValue("{sKsKsKsKsKsK}", "budget", u.budget, "file", u.file, "reserved", u.reserved,
-                         "overcommitted", u.overcommitted, "promised_anonymous", u.promised_anonymous,
-                         "promised_file", u.promised_file);
+    return Py_BuildValue("{sKsKsKsKsKsK}", "budget", u.budget, "file", u.file, "reserved", u.reserved, "overcommitted",
+                         u.overcommitted, "promised_anonymous", u.promised_anonymous, "promised_file", u.promised_file);
 }
 
 PyMethodDef methods[] = {

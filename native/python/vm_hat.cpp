@@ -66,6 +66,15 @@ PyObject* remove_window(PyObject* self, PyObject* const* args, Py_ssize_t nargs)
     return PyBool_FromLong(hat_of(self).remove_window(cpu, base));
 }
 
+PyObject* canonical(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    int cpu;
+    uint64_t address;
+    if (!unpack("canonical", args, nargs, cpu, address) || !valid_cpu(self, cpu)) return nullptr;
+    const auto found = hat_of(self).canonical(cpu, address);
+    if (!found) Py_RETURN_NONE;
+    return PyLong_FromUnsignedLongLong(*found);
+}
+
 PyObject* fail(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     int cpu;
     uint64_t address, length;
@@ -121,6 +130,8 @@ PyMethodDef base_methods[] = {
     {"add_window", fast(add_window), METH_FASTCALL,
      "add_window(cpu, base, length, canonical): False when it overlaps another of this CPU."},
     {"remove_window", fast(remove_window), METH_FASTCALL, "remove_window(cpu, base): False when there is none."},
+    {"canonical", fast(canonical), METH_FASTCALL,
+     "canonical(cpu, address): which address of its region a window address shows, or None."},
     {"fail", fast(fail), METH_FASTCALL, "fail(cpu, address, length, reason): accesses end in SIGBUS."},
     {"wake", fast(wake), METH_FASTCALL, "wake(cpu, address, length): faults happen again."},
     {nullptr, nullptr, 0, nullptr},

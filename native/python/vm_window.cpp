@@ -148,7 +148,8 @@ PyObject* hide(PyObject* self, PyObject*) {
         PyErr_SetString(PyExc_BufferError, "cannot close exported pointers exist");
         return nullptr;
     }
-    if (window.pid == getpid() && window.base && window.shown && !window.hide()) return PyErr_SetFromErrno(PyExc_OSError);
+    if (window.pid == getpid() && window.base && window.shown && !window.hide())
+        return PyErr_SetFromErrno(PyExc_OSError);
     Py_RETURN_NONE;
 }
 

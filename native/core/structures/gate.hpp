@@ -71,7 +71,8 @@ class Gate {
         return was;
     }
 
-    // Rejects newcomers for ever and waits until those inside have left.
+    // Rejects newcomers for ever and waits until those inside have left. Who has stopped the gate is not inside: to
+    // end its work first is the caller's affair.
     void shutdown() {
         word_.fetch_or(kShutdown, std::memory_order_acquire);
         futex_wake_all(word_);

@@ -9,9 +9,7 @@ namespace k42 {
 namespace {
 
 // Fibonacci hashing: neighbours in a file spread over the buckets.
-size_t slot(uint64_t index, size_t buckets) {
-    return size_t((index * 0x9E3779B97F4A7C15ull) >> 32) & (buckets - 1);
-}
+size_t slot(uint64_t index, size_t buckets) { return size_t((index * 0x9E3779B97F4A7C15ull) >> 32) & (buckets - 1); }
 
 }  // namespace
 

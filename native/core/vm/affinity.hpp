@@ -25,6 +25,10 @@ class StickyAffinity {
     StickyAffinity(const StickyAffinity&) = delete;
     StickyAffinity& operator=(const StickyAffinity&) = delete;
 
+    // What a held thread starts meanwhile, threads and processes, inherits the narrow mask, and would keep it for ever:
+    // when the thread gets its mask back, so do they. (A new thread that its program has bound to this very CPU by
+    // itself cannot be told from those, and is widened too.)
+
     // A fault of thread `tid` of process `pid` at `now` (ns, CLOCK_MONOTONIC).
     void fault(pid_t pid, pid_t tid, uint64_t now);
     // Gives idle threads their masks back; true while some are still kept.
@@ -37,14 +41,17 @@ class StickyAffinity {
     struct Thread {
         pid_t pid;
         pid_t tid;
-        uint64_t last;       // time of its last fault
-        uint32_t faults;     // of the burst so far
-        bool held;           // `own` is to be given back
-        cpu_set_t own;       // the thread's mask before
+        uint64_t last;    // time of its last fault
+        uint32_t faults;  // of the burst so far
+        bool held;        // `own` is to be given back
+        cpu_set_t own;    // the thread's mask before
+        pid_t newest;     // the newest thread or process of the system when it was held
     };
 
     void hold(Thread& thread) const;
     void give_back(Thread& thread) const;
+    void widen(pid_t task, const cpu_set_t& own) const;
+    void widen_newer(pid_t pid, const Thread& holder, pid_t newest) const;
 
     const int cpu_;
     std::vector<Thread> threads_;  // the server thread's alone; those seen within kIdle

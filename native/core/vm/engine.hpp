@@ -26,14 +26,15 @@ namespace k42::vm {
 struct HandedUp {
     Hat* hat;
     int cpu;
-    uint64_t address;    // of the window, page-aligned
+    uint64_t address;  // of the window, page-aligned
     uint64_t canonical;
 };
 
 class Engine {
   public:
     struct Counts {
-        uint64_t faults, finished, handed_up, kept;  // faults read; finished here; given to Python; bursts kept on the CPU
+        uint64_t faults, finished, handed_up,
+            kept;  // faults read; finished here; given to Python; bursts kept on the CPU
     };
 
     // `cpus`: the numbers of the CPUs to serve, one server thread each. `stick`: keep bursts on their CPU.

@@ -71,8 +71,8 @@ Outcome FileCache::zero_run(const FaultAt& fault, uint64_t page, Run run, Page**
     int error = 0;
     while (done < run.count) {
         const uint64_t at = start + done * kPageSize;
-        RangeResult result = fault.hat->zero(fault.cpu, at, (run.count - done) * kPageSize, memfd_,
-                                              (run.first + done) * kPageSize);
+        RangeResult result =
+            fault.hat->zero(fault.cpu, at, (run.count - done) * kPageSize, memfd_, (run.first + done) * kPageSize);
         if (result.error == EEXIST && result.done == 0) {
             // The client put a frame there through its own descriptor: its memory, its bytes.
             result = fault.hat->map(fault.cpu, at, kPageSize);
@@ -202,7 +202,8 @@ uint64_t FileCache::give_back(uint64_t count) {
                 pages[k]->set_state(PageState::absent);
                 std::lock_guard guard(regions_lock_);
                 for (Region* region : regions_) {
-                    if (oldest[i] + k - region->first_page < region->pages) region->hat->unmapped(*region, oldest[i] + k);
+                    if (oldest[i] + k - region->first_page < region->pages)
+                        region->hat->unmapped(*region, oldest[i] + k);
                 }
             }
             table_.unlock(pages, run);

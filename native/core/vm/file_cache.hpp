@@ -105,7 +105,7 @@ class FileCache {
     const Backing backing_;
     PageTable table_;
 
-    std::mutex regions_lock_;        // protects regions_; taken with a descriptor locked
+    std::mutex regions_lock_;  // protects regions_; taken with a descriptor locked
     std::vector<Region*> regions_;
 
     std::atomic<uint64_t> mapped_{0}, zero_filled_{0}, filled_{0}, queued_{0}, evicted_{0};

@@ -95,8 +95,8 @@ void install_handler() {
 
 }  // namespace
 
-WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, const std::string& name,
-                          const void* status, const std::atomic<bool>* abandoned) {
+WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, const std::string& name, const void* status,
+                          const std::atomic<bool>* abandoned) {
     install_handler();
     std::lock_guard guard(windows_lock);
     WindowRecord* record = windows.load(std::memory_order_relaxed);

@@ -28,8 +28,8 @@ struct WindowRecord {
 };
 
 // Lists a window for the SIGBUS handler, which the first call installs before the one that was there.
-WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, const std::string& name,
-                          const void* status, const std::atomic<bool>* abandoned);
+WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, const std::string& name, const void* status,
+                          const std::atomic<bool>* abandoned);
 void unlist_window(WindowRecord* record);
 
 // Watches the connection to one kernel, in a thread of its own.
@@ -41,8 +41,8 @@ class Guard {
     Guard(const Guard&) = delete;
     Guard& operator=(const Guard&) = delete;
 
-    void watch(int uffd);                              // a userfaultfd whose faults the kernel serves
-    void add_range(uint64_t base, uint64_t length);    // a window on one of them
+    void watch(int uffd);                            // a userfaultfd whose faults the kernel serves
+    void add_range(uint64_t base, uint64_t length);  // a window on one of them
     void remove_range(uint64_t base);
     void stop();
 

@@ -111,7 +111,7 @@ class SoftHat final : public Hat {
   private:
     void insert(int cpu, uint64_t address, uint64_t length);
 
-    mutable std::mutex lock_;          // protects all below; a leaf
+    mutable std::mutex lock_;    // protects all below; a leaf
     std::set<uint64_t> mapped_;  // canonical page addresses
     std::map<uint64_t, std::string> failed_;
     uint64_t wakes_ = 0;

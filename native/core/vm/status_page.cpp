@@ -55,7 +55,9 @@ const FailureRecord* StatusPage::find(const void* page, uint64_t address) {
     for (size_t i = 0; i < kRecords; ++i) {
         const uint64_t sequence = records[i].sequence.load(std::memory_order_acquire);
         if (sequence & 1 || sequence <= newest_sequence) continue;
-        if (address - records[i].address >= records[i].length) continue;
+        const bool over = address - records[i].address < records[i].length;
+        std::atomic_thread_fence(std::memory_order_acquire);
+        if (!over || records[i].sequence.load(std::memory_order_relaxed) != sequence) continue;
         newest = &records[i];
         newest_sequence = sequence;
     }

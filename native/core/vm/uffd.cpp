@@ -54,8 +54,7 @@ int open_userfaultfd(bool user_mode_only) {
     if (fd < 0) return -errno;
     uffdio_api api{};
     api.api = UFFD_API;
-    api.features =
-        UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_POISON;
+    api.features = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_POISON;
     if (ioctl(fd, UFFDIO_API, &api) < 0) {
         close(fd);
         return -EOPNOTSUPP;  // EINVAL here means that a feature is missing

@@ -148,15 +148,14 @@ class SharedFCM(FileCacheManager):
             first, count = cache.begin_io(page, *self._cluster(page, group))
             if count:
                 break  # else another fault was faster: look again
+        frames = 0
         try:
             pm.allocate(count, root.backing)
-            try:
-                root.fr.fill(cache.memfd(), first, count)
-            except BaseException:
-                pm.release(count, root.backing)
-                raise
+            frames = count
+            root.fr.fill(cache.memfd(), first, count)
         except BaseException:
-            cache.abort_io(first, count)
+            cache.abort_io(first, count)  # before the release: what was filled already still takes frames
+            pm.release(frames, root.backing)
             raise
         cache.complete_io(native_hat, fault.cpu, fault.address, page, first, count, *mappable)
 

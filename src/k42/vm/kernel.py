@@ -251,6 +251,11 @@ class Kernel:
                 reply = protocol.to_reply(error)
             except (KeyError, TypeError, OverflowError) as error:
                 reply = protocol.to_reply(ProtocolError(f"a malformed request: {error!r}"))
+            except (EOFError, OSError):
+                raise
+            except Exception as error:
+                log.exception("a request of client %d", client.pid)
+                reply = protocol.to_reply(error)
             finally:
                 protocol.close_all(descriptors)  # those that nobody took
             protocol.send(client.connection, reply, tuple(sent), socket.MSG_DONTWAIT)
@@ -452,6 +457,12 @@ class Kernel:
         if not mapped.windows:
             del client.regions[start]
             self._destroy(client, mapped)
+        else:
+            # The client may use the addresses again at once: whoever is at a fault of that window ends first.
+            self._engine.synchronize()
+            region = mapped.region.native()
+            region.stop()
+            region.restart()
         return {"ok": True}, []
 
     def _destroy(self, client: _Client, mapped: _Mapped) -> None:

@@ -19,7 +19,12 @@ _START_LIMIT = 30.0  # seconds
 
 
 class KernelProcess:
-    """A kernel started by this process, in a process and a session of its own.
+    """A kernel started by this process.
+
+    It is in a process group of its own, so that Ctrl-C in the terminal is the client's alone, but in the client's
+    session: where Linux schedules each session as a group (``sched_autogroup``), a hand-off to another session lets
+    every other runnable process in between.
+
 
     Attributes:
         socket: where it listens.
@@ -77,7 +82,7 @@ def launch(socket: str | os.PathLike[str], budget: int | None = None, linger: fl
         command += ["--linger", str(linger)]
     with open(log, "ab", opener=_private) as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, close_fds=True
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0, close_fds=True
         )
     deadline = time.monotonic() + _START_LIMIT
     while not _answers(path, process.pid):

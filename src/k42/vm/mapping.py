@@ -97,6 +97,8 @@ class Mapping(_native.Window):
             self._client = None  # the parent's: it never was in this process
             return
         with self._lock:
+            if self._client is None:
+                return  # another thread was faster
             self._refuse_exports()
             windows = [*self._locals.values(), self]
             for window in windows:

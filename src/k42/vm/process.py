@@ -106,6 +106,7 @@ class SharedProcess(Process):
         start = self._map.lookup(fault.canonical)
         region = None if start is None else self._regions.get(start)
         if region is None:
-            self._hat.fail(fault.cpu, fault.address, "no region is mapped at this address any more")
+            # Unmapped since; the address may be another mapping's by now. The engine will see when it happens again.
+            self._hat.wake(fault.cpu, fault.address)
             return
         region.handle_fault(fault, self._hat, self.root.pm)

@@ -77,7 +77,7 @@ def receive(connection: socket.socket, flags: int = 0) -> tuple[Message, list[in
             raise ProtocolError("a message too long")
         try:
             message = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProtocolError("a message that is not JSON") from error
         if not isinstance(message, dict):
             raise ProtocolError("a message that is not an object")

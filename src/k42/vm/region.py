@@ -77,9 +77,13 @@ class SharedRegion(Region):
         """Finishes a fault; see `Region.handle_fault`."""
         region = self.root.region
         if not region.enter():
-            hat.fail(fault.cpu, fault.address, "its region was being unmapped")
+            hat.wake(fault.cpu, fault.address)  # being unmapped: the engine ends the access when it happens again
             return
         try:
+            # Inside the gate the window stays. Before, it may have gone, and another come to its addresses.
+            if not hat.shows(fault.cpu, fault.address, fault.canonical):
+                hat.wake(fault.cpu, fault.address)
+                return
             page, first, count = region.group_of(fault.canonical)
             self.root.fcm.map_page(fault, hat, pm, page, (first, count), self.root.range)
         except (OutOfFrames, StoreError) as error:

@@ -30,6 +30,14 @@ class Hat(k42.Object):
         self.native().remove_window(cpu, base)
         self.native().wake(cpu, base, size)
 
+    def shows(self, cpu: int, address: int, canonical: int) -> bool:
+        """Whether a window of the CPU shows the region's address `canonical` at `address`."""
+        return self.native().canonical(cpu, address) == canonical
+
+    def wake(self, cpu: int, address: int) -> None:
+        """Lets a fault on the page at `address` happen again."""
+        self.native().wake(cpu, address, PAGE)
+
     def fail(self, cpu: int, address: int, reason: str) -> None:
         """Ends accesses to the page at `address` with SIGBUS; the client prints `reason`."""
         self.native().fail(cpu, address, PAGE, reason)
