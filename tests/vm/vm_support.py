@@ -127,8 +127,8 @@ class Raw:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.connect(str(path))  # with a time limit it would not wait for a place in the queue
         self.socket.settimeout(30)
-        self.socket.connect(str(path))
 
     def ask(self, message: object, descriptors: tuple[int, ...] = ()) -> dict[str, Any]:
         data = message if isinstance(message, bytes) else json.dumps(message).encode()

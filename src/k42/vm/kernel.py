@@ -39,6 +39,8 @@ log = logging.getLogger("k42.kernel")
 
 _WORKERS_PER_CPU = 2  # one may wait for frames that the other frees
 _UNUSED_FILES = 256  # file caches kept, without any mapping, for the next who opens the file
+_MAX_LISTED = 64  # file caches whose counts `stat` gives
+_MAX_NAME = 100  # characters, each up to 6 bytes in JSON
 _MAX_ANONYMOUS = 1 << 46  # bytes: what fits a user's address space
 
 
@@ -303,6 +305,7 @@ class Kernel:
         [descriptor] = descriptors
         if os.readlink(f"/proc/self/fd/{descriptor}") != "anon_inode:[userfaultfd]":
             raise ProtocolError("that is no userfaultfd")
+        os.set_blocking(descriptor, False)  # else its reader, the CPU's fault server, would wait for this client alone
         native = client.hat.native()
         assert isinstance(native, _native.UffdHat)
         if index in client.cpus or not native.attach_uffd(index, descriptor):
@@ -378,10 +381,12 @@ class Kernel:
     def _make_fcm(self, fr: FileRepresentative, backing: Backing) -> FileCacheManager:
         try:
             return SharedFCM.create(self._global_pm, fr, backing)
-        except OSError as error:
+        except Exception as error:
             fr.close()
             k42.destroy(fr)
-            raise OutOfFrames(f"no memory for a file cache: {error.strerror}") from error
+            if isinstance(error, OSError):
+                raise OutOfFrames(f"no memory for a file cache: {error.strerror}") from error
+            raise  # such as a name that cannot be encoded
 
     def _descriptor(self, fcm: FileCacheManager, *, writable: bool) -> int:
         """The memfd for a client: readers get one that Linux itself lets nobody write through."""
@@ -391,8 +396,8 @@ class Kernel:
     def _open_file(self, descriptor: int, name: str, descriptors: list[int]) -> _OpenFile:
         """The file cache of this file, the same for all who open it; takes the descriptor over when it is new."""
         status = os.fstat(descriptor)
-        mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
-        if not stat_module.S_ISREG(status.st_mode) or mode == os.O_WRONLY:
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        if not stat_module.S_ISREG(status.st_mode) or flags & os.O_ACCMODE == os.O_WRONLY or flags & os.O_PATH:
             raise ProtocolError("a file mapping needs a regular file, open for reading")
         if status.st_size == 0:
             raise ValueError("cannot map an empty file")
@@ -502,8 +507,13 @@ class Kernel:
             "frames": self._global_pm.usage(),
             "engine": self._engine.counts(),
             "clients": [{"pid": c.pid, "regions": len(c.regions)} for c in self._clients.values() if c.greeted],
-            "files": [fcm.stat() for fcm in itertools.islice(fcms, 100)],
+            "files": [_short(fcm.stat()) for fcm in itertools.islice(fcms, _MAX_LISTED)],
         }
+
+
+def _short(counts: dict[str, int | str]) -> dict[str, int | str]:
+    """With only the end of a long name: the reply must fit a message."""
+    return counts | {"name": str(counts["name"])[-_MAX_NAME:]}
 
 
 def default_budget() -> int:

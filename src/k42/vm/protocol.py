@@ -24,6 +24,7 @@ MAX_GROUP = 512
 """The largest page size of a region, in pages of 4 KiB."""
 MAX_MESSAGE = 65536
 MAX_DESCRIPTORS = 4
+_MAX_REASON = 5000  # characters, each up to 12 bytes in JSON: an error quotes what it was given, which may be long
 
 Message = dict[str, Any]
 
@@ -47,13 +48,16 @@ def to_reply(error: Exception) -> Message:
     """The error reply for an exception; `ProtocolError` for one that has no kind of its own."""
     for kind, type_ in _ERRORS.items():
         if isinstance(error, type_):
-            return {"error": kind, "message": str(error)}
-    return {"error": "protocol", "message": f"{type(error).__name__}: {error}"}
+            return {"error": kind, "message": str(error)[:_MAX_REASON]}
+    return {"error": "protocol", "message": f"{type(error).__name__}: {error}"[:_MAX_REASON]}
 
 
 def send(connection: socket.socket, message: Message, descriptors: tuple[int, ...] = (), flags: int = 0) -> None:
     """Sends one message and its descriptors."""
-    socket.send_fds(connection, [json.dumps(message).encode()], list(descriptors), flags)
+    data = json.dumps(message).encode()
+    # Not socket.send_fds(), which ignores its flags.
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    connection.sendmsg([data], rights, flags)
 
 
 def receive(connection: socket.socket, flags: int = 0) -> tuple[Message, list[int]]:
