@@ -53,35 +53,55 @@ PyObject* guard_stop(PyObject* self, PyObject*) {
 // A range of addresses: reserved from the start, shown and hidden again, freed at the end.
 struct WindowValue {
     WindowValue(uint64_t base_, uint64_t size_) : base(base_), size(size_), pid(getpid()) {}
-    ~WindowValue() { free(); }
+    ~WindowValue() {
+        try_hide();
+        free();
+    }
 
-    // The addresses lead nowhere, but stay this object's.
-    bool hide() {
-        if (record) vm::unlist_window(record);
-        record = nullptr;
-        if (guard) SelfGuard::of(guard.get()).guard.remove_range(base);
-        guard = Ref();
-        shown = false;
+    static constexpr uint64_t kShown = 1;
+    static constexpr uint64_t kExport = 2;
+
+    bool shown() const { return use.load(std::memory_order_acquire) & kShown; }
+    uint64_t exports() const { return use.load(std::memory_order_relaxed) / kExport; }
+    bool try_export() {
+        uint64_t seen = use.load(std::memory_order_relaxed);
+        do {
+            if (!(seen & kShown)) return false;
+        } while (!use.compare_exchange_weak(seen, seen + kExport, std::memory_order_acquire));
+        return true;
+    }
+
+    // The addresses lead nowhere, but stay this object's. False, and nothing changed, while buffers are exported.
+    bool try_hide() {
+        uint64_t seen = kShown;
+        if (!use.compare_exchange_strong(seen, 0, std::memory_order_acq_rel)) return (seen & kShown) == 0;
+        if (pid != getpid()) return true;  // a forked child never had the range
+        vm::unlist_window(record);
+        SelfGuard::of(guard.get()).guard.remove_range(base);
+        lead_nowhere();
+        return true;
+    }
+    void lead_nowhere() {
         const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
-        return mmap(reinterpret_cast<void*>(base), size, PROT_NONE, flags, -1, 0) != MAP_FAILED;
+        mmap(reinterpret_cast<void*>(base.load()), size, PROT_NONE, flags, -1, 0);
     }
     void free() {
-        if (!base || pid != getpid()) return;  // a forked child never had the range
-        if (shown) hide();
-        munmap(reinterpret_cast<void*>(base), size);
-        base = 0;
+        const uint64_t freed = base.exchange(0);
+        if (freed && pid == getpid()) munmap(reinterpret_cast<void*>(freed), size);
     }
 
-    uint64_t base;  // 0 once freed
+    std::atomic<uint64_t> base;  // 0 once freed
     const uint64_t size;
     const pid_t pid;
-    bool shown = false;
+    // Whether it is shown, and kExport for each exported buffer, in one word: of a thread that hides the window and
+    // one that exports a buffer of it, exactly one succeeds.
+    std::atomic<uint64_t> use{0};
+    // Written by show() alone, before kShown is set.
     bool writable = false;
     uint64_t delta = 0;   // of the first byte shown to Python, from base
     uint64_t length = 0;  // bytes shown to Python
     Ref guard;
     vm::WindowRecord* record = nullptr;
-    std::atomic<Py_ssize_t> exports{0};
 };
 using Self = Holder<WindowValue>;
 
@@ -109,7 +129,7 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     WindowValue& window = window_of(self);
     GuardValue* watcher = checked<GuardValue>(guard, guard_type);
     if (!watcher) return nullptr;
-    if (!window.base || window.shown || delta + length > window.size || delta + length < delta) {
+    if (!window.base || window.shown() || delta + length > window.size || delta + length < delta) {
         PyErr_SetString(PyExc_ValueError, "the window is freed, is shown already, or is too small");
         return nullptr;
     }
@@ -117,17 +137,17 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     // mprotect() would give it only copies.
     const int protection = writable ? PROT_READ | PROT_WRITE : PROT_READ;
     const int flags = (writable ? MAP_SHARED : MAP_PRIVATE) | MAP_NORESERVE | MAP_FIXED;
-    void* base = reinterpret_cast<void*>(window.base);
+    void* base = reinterpret_cast<void*>(window.base.load());
     // Not inherited by children: an absent page touched there would put a page of zeros into the shared cache.
     if (mmap(base, window.size, protection, flags, memfd, off_t(offset)) == MAP_FAILED ||
         madvise(base, window.size, MADV_DONTFORK) < 0) {
         const int error = errno;
-        window.hide();
+        window.lead_nowhere();
         errno = error;
         return PyErr_SetFromErrno(PyExc_OSError);
     }
     if (const int error = vm::register_range(uffd, window.base, window.size)) {
-        window.hide();
+        window.lead_nowhere();
         errno = error;
         return PyErr_SetFromErrno(PyExc_OSError);
     }
@@ -138,28 +158,24 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     window.writable = writable;
     window.delta = delta;
     window.length = length;
-    window.shown = true;
+    window.use.store(WindowValue::kShown, std::memory_order_release);
     Py_RETURN_NONE;
 }
 
 PyObject* hide(PyObject* self, PyObject*) {
-    WindowValue& window = window_of(self);
-    if (window.exports.load() > 0) {
-        PyErr_SetString(PyExc_BufferError, "cannot close exported pointers exist");
+    if (!window_of(self).try_hide()) {
+        PyErr_SetString(PyExc_BufferError, "cannot close: an array or memoryview uses the memory of the mapping");
         return nullptr;
     }
-    if (window.pid == getpid() && window.base && window.shown && !window.hide())
-        return PyErr_SetFromErrno(PyExc_OSError);
     Py_RETURN_NONE;
 }
 
 PyObject* free_window(PyObject* self, PyObject*) {
-    WindowValue& window = window_of(self);
-    if (window.exports.load() > 0) {
-        PyErr_SetString(PyExc_BufferError, "cannot close exported pointers exist");
+    if (window_of(self).shown()) {
+        PyErr_SetString(PyExc_ValueError, "the window is shown: hide it first");
         return nullptr;
     }
-    window.free();
+    window_of(self).free();
     Py_RETURN_NONE;
 }
 
@@ -170,34 +186,34 @@ int get_buffer(PyObject* self, Py_buffer* view, int flags) {
                         "this mapping belongs to the parent process: open it again in the forked child");
         return -1;
     }
-    window.exports.fetch_add(1);
-    if (!window.shown) {
-        window.exports.fetch_sub(1);
+    if (!window.try_export()) {
         PyErr_SetString(PyExc_ValueError, "mapping closed");
         return -1;
     }
-    auto* start = reinterpret_cast<void*>(window.base + window.delta);
+    auto* start = reinterpret_cast<void*>(window.base.load() + window.delta);
     if (PyBuffer_FillInfo(view, self, start, Py_ssize_t(window.length), !window.writable, flags) < 0) {
-        window.exports.fetch_sub(1);
+        window.use.fetch_sub(WindowValue::kExport, std::memory_order_release);
         return -1;
     }
     return 0;
 }
 
-void release_buffer(PyObject* self, Py_buffer*) { window_of(self).exports.fetch_sub(1); }
+void release_buffer(PyObject* self, Py_buffer*) {
+    window_of(self).use.fetch_sub(WindowValue::kExport, std::memory_order_release);
+}
 
 Py_ssize_t length(PyObject* self) {
     const WindowValue& window = window_of(self);
-    if (!window.shown) {
+    if (!window.shown()) {
         PyErr_SetString(PyExc_ValueError, "mapping closed");
         return -1;
     }
     return Py_ssize_t(window.length);
 }
 
-PyObject* get_base(PyObject* self, void*) { return PyLong_FromUnsignedLongLong(window_of(self).base); }
-PyObject* get_exports(PyObject* self, void*) { return PyLong_FromSsize_t(window_of(self).exports.load()); }
-PyObject* get_shown(PyObject* self, void*) { return PyBool_FromLong(window_of(self).shown); }
+PyObject* get_base(PyObject* self, void*) { return PyLong_FromUnsignedLongLong(window_of(self).base.load()); }
+PyObject* get_exports(PyObject* self, void*) { return PyLong_FromUnsignedLongLong(window_of(self).exports()); }
+PyObject* get_shown(PyObject* self, void*) { return PyBool_FromLong(window_of(self).shown()); }
 
 PyObject* open_userfaultfd(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     bool user_mode_only;

@@ -96,23 +96,26 @@ class Mapping(_native.Window):
         if self._pid != os.getpid():
             self._client = None  # the parent's: it never was in this process
             return
+        hidden: list[Mapping] = []
         with self._lock:
-            if self._client is None:
+            client = self._client
+            if client is None:
                 return  # another thread was faster
             self._refuse_exports()
-            windows = [*self._locals.values(), self]
-            for window in windows:
-                window.hide()
-            client, self._client = self._client, None
-            self._locals.clear()
-        os.close(self._memfd)
-        try:
-            for window in windows:
-                with contextlib.suppress(Error):  # the kernel is gone, and all that it had for us
-                    client._remove_window(self._region, window.base)
-        finally:
-            for window in windows:
-                window.free()  # last, so that the addresses are not reused while the kernel still knows them
+            try:
+                # One by one, since a thread may export a buffer of any meanwhile; the mapping's own window last.
+                for index, window in list(self._locals.items()):
+                    window.hide()
+                    hidden.append(self._locals.pop(index))
+                self.hide()
+                hidden.append(self)
+                self._client = None
+                os.close(self._memfd)
+            finally:
+                for window in hidden:
+                    with contextlib.suppress(Error):  # the kernel is gone, and all that it had for us
+                        client._remove_window(self._region, window.base)
+                    window.free()  # last, so that the addresses are not reused while the kernel still knows them
 
     def _refuse_exports(self) -> None:
         for window in (*self._locals.values(), self):
@@ -123,10 +126,13 @@ class Mapping(_native.Window):
         client = self._client
         if client is None or self._parent is not None or self._pid != os.getpid():
             return
-        # No export is left, or there would be a reference. The collector may run anywhere: nothing here waits.
+        windows = (*self._locals.values(), self)
+        if any(window.exports for window in windows):
+            return  # a memoryview in the same garbage: the memory goes with it, the kernel's part with the client
+        # The collector may run anywhere: nothing here waits.
         self._client = None
         os.close(self._memfd)
-        for window in (*self._locals.values(), self):
+        for window in windows:
             base = window.base
             window.hide()
             client._drop(self._region, base)
