@@ -9,9 +9,11 @@ import fcntl
 import os
 import socket
 import stat as stat_module
+import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -294,8 +296,8 @@ class Client:
             for descriptor in self._uffds.values():
                 os.close(descriptor)
 
-    def __del__(self) -> None:
-        if self._closed or not hasattr(self, "_guard"):
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if ending() or self._closed or not hasattr(self, "_guard"):
             return
         # No mapping is left, or there would be a reference.
         self._closed = True

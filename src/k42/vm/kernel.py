@@ -211,11 +211,15 @@ class Kernel:
                 continue  # gone, and its faults with it
             try:
                 client.process.handle_fault(Fault(index, address, canonical))
+            except k42.Destroyed:
+                # The region or the whole client went while we were at it. Another mapping may be at the address by
+                # now: never fail it. Who waits there faults again.
+                with contextlib.suppress(k42.Destroyed):
+                    client.hat.wake(index, address)
             except Exception as error:
-                if client_id not in self._clients:
-                    continue  # it went while we were at it
                 log.exception("a fault of client %d at %#x", client.pid, address)
-                client.hat.fail(index, address, f"the kernel failed: {type(error).__name__}: {error}")
+                with contextlib.suppress(k42.Destroyed):
+                    client.hat.fail(index, address, f"the kernel failed: {type(error).__name__}: {error}")
 
     # Connections.
 

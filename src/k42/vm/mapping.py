@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, overload
 
@@ -122,7 +124,9 @@ class Mapping(_native.Window):
             if window.exports:
                 raise BufferError("cannot close: an array or memoryview uses the memory of the mapping")
 
-    def __del__(self) -> None:
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if ending():
+            return  # the process ends, and the modules that are needed here may be gone
         client = self._client
         if client is None or self._parent is not None or self._pid != os.getpid():
             return
