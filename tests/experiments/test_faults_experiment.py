@@ -14,7 +14,7 @@ def test_bare_and_linux() -> None:
     records = [each.record("faults", "time_per_page", "us") for each in samples]
     assert {(r.implementation, r.processors, r.parameters["page_size"]) for r in records} == {
         (name, count, page_size)
-        for name in ("bare", "bare-zero", "linux", "linux-read", "linux-anonymous")
+        for name in ("bare", "bare-remote", "bare-zero", "linux", "linux-read", "linux-anonymous")
         for count in processors
         for page_size in PAGE_SIZES
     }

@@ -22,6 +22,7 @@ _COLOURS = {
     "linux-anonymous": "#8aa5c7",
     "linux-read": "#c4d2e4",
     "bare": "#4f8a5b",
+    "bare-remote": "#2c5134",
     "bare-zero": "#a3c9aa",
     "k42": "#d1662f",
     "k42, 4 KiB pages": "#d1662f",

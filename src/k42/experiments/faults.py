@@ -6,7 +6,8 @@ All implementations take turns in every round.
 - `bare`: a native loop on a userfaultfd and a server thread of each CPU's own, pinned to the CPU that faults.
   The frames are there (a MINOR fault) and UFFDIO_CONTINUE maps them; nothing is looked up. The yardstick of
   `k42`.
-- `bare-zero`: the same where there is no frame yet (MISSING), by UFFDIO_ZEROPAGE. The yardstick of
+- `bare-remote`: the same, but the server thread is pinned to another CPU: what it costs to lose locality.
+- `bare-zero`: as `bare` where there is no frame yet (MISSING), by UFFDIO_ZEROPAGE. The yardstick of
   `k42-zero`.
 - `linux`: a memfd's resident pages, mapped shared. Linux maps one of them a fault, as it is a write.
 - `linux-read`: the same, read. Linux then maps up to 16 neighbours in one fault ("fault-around"), so that
@@ -68,6 +69,11 @@ def _bare(cpu: int, nbytes: int, page_size: int) -> AbstractContextManager[Buffe
     return contextlib.nullcontext(_native.BareWindow(cpu, nbytes, page_size, True))
 
 
+def _bare_remote(cpu: int, nbytes: int, page_size: int) -> AbstractContextManager[Buffer]:
+    all_cpus = sorted(os.sched_getaffinity(os.getpid()))  # the process's: this thread is pinned
+    return _bare(all_cpus[(all_cpus.index(cpu) + 1) % len(all_cpus)], nbytes, page_size)
+
+
 def _bare_zero(cpu: int, nbytes: int, page_size: int) -> AbstractContextManager[Buffer]:
     return contextlib.nullcontext(_native.BareWindow(cpu, nbytes, page_size, False))
 
@@ -94,6 +100,7 @@ def linux_anonymous(_cpu: int, nbytes: int, _page_size: int) -> Iterator[Buffer]
 
 BARE_AND_LINUX = {
     "bare": _Implementation(_bare, resident=True),
+    "bare-remote": _Implementation(_bare_remote, resident=True),
     "bare-zero": _Implementation(_bare_zero, resident=False),
     "linux": _Implementation(_linux, resident=True),
     "linux-read": _Implementation(_linux, resident=True, write=False),
@@ -169,6 +176,7 @@ def findings(samples: Sequence[Samples], processors: Sequence[int]) -> list[str]
         for name in ("bare", "linux", "k42", "k42-zero"):
             wanted = ", wanted: at most 1.25" if name.startswith("k42") else ""
             compare((name, many, small), (name, few, small), wanted)
+    compare(("bare-remote", few, small), ("bare", few, small))
     compare(("k42", few, large), ("linux", few, small), ", wanted: below 1")
     compare(("k42", few, large), ("linux-read", few, small))
     compare(("k42-zero", few, large), ("linux-anonymous", few, small))
