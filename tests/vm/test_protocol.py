@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 import k42
 from k42 import _native
+from k42.vm.fault import Fault
 from k42.vm.fcm import SharedFCM
 from k42.vm.fr import FileFR, ZeroFR
 from k42.vm.hat import SoftHat
 from k42.vm.pm import Backing, ProcessPM, SharedGlobalPM
-from k42.vm.process import Fault, SharedProcess
+from k42.vm.process import SharedProcess
 from k42.vm.protocol import PAGE
 from k42.vm.region import SharedRegion
 

@@ -33,17 +33,20 @@ int raw_userfaultfd(bool user_mode_only) {
     return made;
 }
 
-// Repeats `call` on the rest of the range while Linux says EAGAIN (the address space is changing under it).
-template <class Call>
-RangeResult repeat(uint64_t start, uint64_t length, Call call) {
+// An ioctl on a range, repeated on the rest of it while Linux says EAGAIN (the address space is changing under it).
+// `progress` is where its argument says how far it came.
+template <class Request, class Count>
+RangeResult on_range(int uffd, unsigned long call, Count Request::* progress, uint64_t start, uint64_t length) {
     uint64_t done = 0;
     for (;;) {
-        int64_t progress = 0;
-        const int error = call(start + done, length - done, progress);
-        if (progress > 0) done += uint64_t(progress);
+        Request request{};
+        request.range = {start + done, length - done};
+        const int error = ioctl(uffd, call, &request) < 0 ? errno : 0;
+        const auto count = int64_t(request.*progress);  // negative where nothing was done
+        if (count > 0) done += uint64_t(count);
         if (error == 0 || done >= length) return {length, 0};
         if (error != EAGAIN) return {done, error};
-        if (progress <= 0) sched_yield();
+        if (count <= 0) sched_yield();
     }
 }
 
@@ -70,33 +73,15 @@ int register_range(int uffd, uint64_t start, uint64_t length) {
 }
 
 RangeResult continue_range(int uffd, uint64_t start, uint64_t length) {
-    return repeat(start, length, [&](uint64_t at, uint64_t size, int64_t& progress) {
-        uffdio_continue request{};
-        request.range = {at, size};
-        const int error = ioctl(uffd, UFFDIO_CONTINUE, &request) < 0 ? errno : 0;
-        progress = request.mapped;
-        return error;
-    });
+    return on_range(uffd, UFFDIO_CONTINUE, &uffdio_continue::mapped, start, length);
 }
 
 RangeResult zero_range(int uffd, uint64_t start, uint64_t length) {
-    return repeat(start, length, [&](uint64_t at, uint64_t size, int64_t& progress) {
-        uffdio_zeropage request{};
-        request.range = {at, size};
-        const int error = ioctl(uffd, UFFDIO_ZEROPAGE, &request) < 0 ? errno : 0;
-        progress = request.zeropage;
-        return error;
-    });
+    return on_range(uffd, UFFDIO_ZEROPAGE, &uffdio_zeropage::zeropage, start, length);
 }
 
 RangeResult poison_range(int uffd, uint64_t start, uint64_t length) {
-    return repeat(start, length, [&](uint64_t at, uint64_t size, int64_t& progress) {
-        uffdio_poison request{};
-        request.range = {at, size};
-        const int error = ioctl(uffd, UFFDIO_POISON, &request) < 0 ? errno : 0;
-        progress = request.updated;
-        return error;
-    });
+    return on_range(uffd, UFFDIO_POISON, &uffdio_poison::updated, start, length);
 }
 
 void wake_range(int uffd, uint64_t start, uint64_t length) {

@@ -18,17 +18,14 @@ from __future__ import annotations
 
 import enum
 import os
-from typing import TYPE_CHECKING
 
 import k42
 from k42 import _native
+from k42.vm.fault import Fault
 from k42.vm.fr import FileRepresentative, ZeroFR
 from k42.vm.hat import Hat
 from k42.vm.pm import Backing, GlobalPageManager, PageManager
 from k42.vm.protocol import PAGE
-
-if TYPE_CHECKING:
-    from k42.vm.process import Fault
 
 
 class Outcome(enum.IntEnum):

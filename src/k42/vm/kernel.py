@@ -27,11 +27,12 @@ import k42
 from k42 import _native
 from k42.vm import protocol
 from k42.vm.errors import KernelUnavailable, OutOfFrames, ProtocolError
+from k42.vm.fault import Fault
 from k42.vm.fcm import FileCacheManager, SharedFCM
 from k42.vm.fr import FileFR, FileRepresentative, ZeroFR
 from k42.vm.hat import Hat, UffdHat
 from k42.vm.pm import Backing, GlobalPageManager, PageManager, ProcessPM, SharedGlobalPM
-from k42.vm.process import Fault, Process, SharedProcess
+from k42.vm.process import Process, SharedProcess
 from k42.vm.protocol import MAX_GROUP, PAGE, Message
 from k42.vm.region import Region, SharedRegion
 

@@ -13,24 +13,12 @@ How are they organised?
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import k42
 from k42 import _native
+from k42.vm.fault import Fault
 from k42.vm.hat import Hat
 from k42.vm.pm import PageManager
 from k42.vm.region import Region
-
-
-class Fault(NamedTuple):
-    """A page fault of a client."""
-
-    cpu: int
-    """Index of the CPU whose window was touched."""
-    address: int
-    """The page's address in that window."""
-    canonical: int
-    """The same page in the region's own addresses."""
 
 
 class Process(k42.Object):

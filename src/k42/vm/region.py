@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 import k42
 from k42 import _native
 from k42.vm.errors import OutOfFrames, StoreError
+from k42.vm.fault import Fault
 from k42.vm.hat import Hat
 from k42.vm.pm import PageManager
 
 if TYPE_CHECKING:
     from k42.vm.fcm import FileCacheManager
-    from k42.vm.process import Fault
 
 
 class Region(k42.Object):
