@@ -4,7 +4,6 @@ import contextlib
 import faulthandler
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import pytest
 if not sys.platform.startswith("linux"):
     collect_ignore_glob = ["test_*.py"]
 
-from vm_support import Script
+from vm_support import Kernels, Script
 
 from k42 import _native, vm
 
@@ -64,34 +63,6 @@ def folder() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="k42-"))
     yield path
     shutil.rmtree(path)
-
-
-class Kernels:
-    """Starts kernels, and looks at each when it ends."""
-
-    def __init__(self) -> None:
-        self._folders = contextlib.ExitStack()
-        self._started: list[vm.KernelProcess] = []
-        self._killed: set[int] = set()
-
-    def __call__(self, budget: int = 64 << 20, **options: Any) -> vm.KernelProcess:
-        folder = self._folders.enter_context(tempfile.TemporaryDirectory(prefix="k42-"))
-        kernel = vm.launch(Path(folder) / "kernel.sock", budget, **options)
-        self._started.append(kernel)
-        return kernel
-
-    def kill(self, kernel: vm.KernelProcess) -> None:
-        self._killed.add(kernel.pid)
-        kernel.kill()
-
-    def end(self) -> None:
-        with self._folders:
-            for kernel in self._started:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(kernel.pid, signal.SIGCONT)  # a test that failed may have left it stopped
-                status = kernel.stop()
-                assert status == (-signal.SIGKILL if kernel.pid in self._killed else 0), kernel.log.read_text()
-                assert "Traceback" not in kernel.log.read_text(), kernel.log.read_text()
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import textwrap
 
 import pytest
 
-pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a thread is kept only where there are two CPUs")
+pytestmark = pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 2, reason="a thread is kept only where there are two CPUs"
+)
 
 # Faults until `kept` is true: a burst is not certain where the CPUs are busy with others.
 BURSTS = """
@@ -39,7 +41,7 @@ BURSTS = """
     """
 
 
-def test_a_thread_that_faults_is_held_and_freed(kernels, script):
+def test_a_thread_that_faults_is_held_and_freed(shared_kernel, script):
     code = """
         before = kept()
         for _ in range(5):
@@ -50,14 +52,14 @@ def test_a_thread_that_faults_is_held_and_freed(kernels, script):
         burst()
         say("held and freed")
         """
-    assert script(join(BURSTS, code), kernels().socket).good() == "held and freed\n"
+    assert script(join(BURSTS, code), shared_kernel.socket).good() == "held and freed\n"
 
 
 def join(*codes: str) -> str:
     return "\n".join(map(textwrap.dedent, codes))
 
 
-def test_its_own_mask_need_not_be_every_cpu(kernels, script):
+def test_its_own_mask_need_not_be_every_cpu(shared_kernel, script):
     # Of three or more CPUs the program may have chosen two.
     code = """
         some = set(sorted(whole)[:2])
@@ -67,10 +69,10 @@ def test_its_own_mask_need_not_be_every_cpu(kernels, script):
             until(lambda: os.sched_getaffinity(0) == some, "its own mask comes back")
         say("done")
         """
-    assert script(join(BURSTS, code), kernels().socket).good() == "done\n"
+    assert script(join(BURSTS, code), shared_kernel.socket).good() == "done\n"
 
 
-def test_a_mask_that_the_program_sets_meanwhile_is_left_alone(kernels, script):
+def test_a_mask_that_the_program_sets_meanwhile_is_left_alone(shared_kernel, script):
     code = """
         for _ in range(5):
             held = get_held()
@@ -89,10 +91,10 @@ def test_a_mask_that_the_program_sets_meanwhile_is_left_alone(kernels, script):
             os.sched_setaffinity(0, whole)
         say("done")
         """
-    assert script(join(BURSTS, code), kernels().socket).good() == "done\n"
+    assert script(join(BURSTS, code), shared_kernel.socket).good() == "done\n"
 
 
-def test_a_pinned_thread_stays_pinned(kernels, script):
+def test_a_pinned_thread_stays_pinned(shared_kernel, script):
     code = """
         before = kept()
         for cpu in sorted(whole):
@@ -103,7 +105,7 @@ def test_a_pinned_thread_stays_pinned(kernels, script):
         assert kept() == before
         say("done")
         """
-    assert script(join(BURSTS, code), kernels().socket).good() == "done\n"
+    assert script(join(BURSTS, code), shared_kernel.socket).good() == "done\n"
 
 
 def test_the_end_of_the_kernel_frees_who_is_held(kernels, script):

@@ -15,10 +15,7 @@ def test_a_file_that_is_written_between_two_openings(client, folder, same_size):
     path = folder / "file"
     for round_ in range(5):
         content = words(50 * PAGE + (0 if same_size else round_), seed=round_)
-        if path.exists():
-            path.write_bytes(content)  # in place
-        else:
-            path.write_bytes(content)
+        path.write_bytes(content)  # in place
         with client.open(path) as mapping:
             assert bytes(mapping) == content
 
@@ -68,8 +65,8 @@ TOUCH = """
 
 
 @pytest.mark.parametrize("size", [0, 1 << 20, (3 << 20) + 5])
-def test_a_file_that_is_truncated_while_it_is_mapped(kernels, connect, script, folder, size):
-    kernel = kernels()
+def test_a_file_that_is_truncated_while_it_is_mapped(client, shared_kernel, script, folder, size):
+    kernel = shared_kernel
     path = folder / "file"
     content = words(4 << 20)
     path.write_bytes(content)
@@ -85,12 +82,12 @@ def test_a_file_that_is_truncated_while_it_is_mapped(kernels, connect, script, f
     # Others are served as before.
     other = folder / "other"
     other.write_bytes(content)
-    with connect(kernel).open(other) as mapping:
+    with client.open(other) as mapping:
         assert bytes(mapping) == content
 
 
-def test_a_truncated_file_in_a_page_that_only_lost_its_end(kernels, script, folder):
-    kernel = kernels()
+def test_a_truncated_file_in_a_page_that_only_lost_its_end(shared_kernel, script, folder):
+    kernel = shared_kernel
     path = folder / "file"
     path.write_bytes(words(2 * PAGE + 100))
     code = """

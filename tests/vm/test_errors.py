@@ -36,7 +36,17 @@ def test_what_is_no_regular_file(client, folder):
 
 @pytest.mark.parametrize(
     ("offset", "length"),
-    [(-1, None), (0, -1), (16384, None), (16385, 1), (0, 16385), (16383, 2), (1 << 70, None), (0, 1 << 70), (-PAGE, 10)],
+    [
+        (-1, None),
+        (0, -1),
+        (16384, None),
+        (16385, 1),
+        (0, 16385),
+        (16383, 2),
+        (1 << 70, None),
+        (0, 1 << 70),
+        (-PAGE, 10),
+    ],
 )
 def test_offset_and_length(client, path, offset, length):
     with pytest.raises(ValueError, match=r"offset|length"):

@@ -133,8 +133,34 @@ def a_map(scene: Scene, **changed: Any) -> dict[str, Any]:
     return {key: value for key, value in (message | changed).items() if value is not ...}
 
 
-ODD = [None, True, -1, 0, 1, 7, 1 << 31, 1 << 63, 1 << 64, 1 << 200, -(1 << 70), 1.5, 1e308, float("inf"), float("nan"),
-       "", "x", "7", "9" * 5000, "\ud800", "\0", "x" * 30_000, [], [1], {}, {"a": 1}]
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    7,
+    1 << 31,
+    1 << 63,
+    1 << 64,
+    1 << 200,
+    -(1 << 70),
+    1.5,
+    1e308,
+    float("inf"),
+    float("nan"),
+    "",
+    "x",
+    "7",
+    "9" * 5000,
+    "\ud800",
+    "\0",
+    "x" * 30_000,
+    [],
+    [1],
+    {},
+    {"a": 1},
+]
 
 
 @pytest.mark.parametrize("with_file", [False, True])
@@ -150,8 +176,10 @@ def test_odd_values_in_every_place(scene, with_file):
             for value in [..., *ODD]:
                 if key == "size" and isinstance(value, int) and value > 1 << 20:
                     continue
-                reply = raw.ask(a_map(scene, **kind, base=(mapped + 1) << 30) | ({key: value} if value is not ... else {}),
-                                descriptors)
+                reply = raw.ask(
+                    a_map(scene, **kind, base=(mapped + 1) << 30) | ({key: value} if value is not ... else {}),
+                    descriptors,
+                )
                 mapped += "ok" in reply
         for operation in ("window", "unmap"):
             for key in ("region", "base", "cpu"):
@@ -173,9 +201,24 @@ def test_values_that_must_be_refused(scene):
         assert "already" in raw.ask({"op": "uffd", "cpu": 0}, (uffd,))["message"]
         os.close(uffd)
         for changed in (
-            {"cpu": -1}, {"cpu": 1000}, {"cpu": "0"}, {"base": 1}, {"base": -PAGE}, {"base": 1 << 60}, {"size": 0},
-            {"size": -PAGE}, {"size": 100}, {"first": -1}, {"group": 0}, {"group": 3}, {"group": 1024}, {"group": -1},
-            {"kind": "file", "name": "x"}, {"size": 1 << 56}, {"base": "x"}, {"overcommit": ...},
+            {"cpu": -1},
+            {"cpu": 1000},
+            {"cpu": "0"},
+            {"base": 1},
+            {"base": -PAGE},
+            {"base": 1 << 60},
+            {"size": 0},
+            {"size": -PAGE},
+            {"size": 100},
+            {"first": -1},
+            {"group": 0},
+            {"group": 3},
+            {"group": 1024},
+            {"group": -1},
+            {"kind": "file", "name": "x"},
+            {"size": 1 << 56},
+            {"base": "x"},
+            {"overcommit": ...},
         ):
             assert "error" in raw.ask(a_map(scene, **changed)), changed
         assert raw.ask(a_map(scene))["ok"]
@@ -236,7 +279,9 @@ def test_a_userfaultfd_that_is_not_set_up(scene):
     import ctypes
 
     with scene.unharmed(), scene.raw() as raw:
-        uffd = ctypes.CDLL(None).syscall(323, os.O_NONBLOCK | os.O_CLOEXEC | 1) if os.uname().machine == "x86_64" else -1
+        uffd = (
+            ctypes.CDLL(None).syscall(323, os.O_NONBLOCK | os.O_CLOEXEC | 1) if os.uname().machine == "x86_64" else -1
+        )
         if uffd < 0:
             pytest.skip("the number of the system call is known for x86-64 alone, or it is not allowed")
         raw.ask({"op": "uffd", "cpu": 0}, (uffd,))

@@ -36,8 +36,7 @@ FAULTING = """
 GONE = r"the kernel \(k42 serve\) that served it is gone and none took over"
 
 
-@pytest.mark.parametrize("page_size", [4096, 65536])
-@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize(("threads", "page_size"), [(1, 65536), (4, 4096)])
 def test_threads_that_fault_when_the_kernel_is_killed(kernels, script, folder, threads, page_size):
     kernel = kernels(1 << 20)  # an eighth of the file: nearly every access faults
     path = folder / "file"
@@ -51,7 +50,9 @@ def test_threads_that_fault_when_the_kernel_is_killed(kernels, script, folder, t
     messages = faulting.stderr().splitlines()
     assert messages
     for message in messages:
-        found = re.fullmatch(rf"k42: bus error in the mapping of (.*), offset (\d+) \(address 0x[0-9a-f]+\): {GONE}", message)
+        found = re.fullmatch(
+            rf"k42: bus error in the mapping of (.*), offset (\d+) \(address 0x[0-9a-f]+\): {GONE}", message
+        )
         assert found, message
         assert found[1] == str(path)
         assert int(found[2]) < 8 << 20

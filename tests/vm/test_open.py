@@ -189,7 +189,7 @@ def test_closing(client, make):
     path, content = make(10_000)
     mapping = client.open(path)
     with memoryview(mapping) as view:
-        with pytest.raises(BufferError, match="in use|uses the memory"):
+        with pytest.raises(BufferError, match="uses the memory"):
             mapping.close()
         with pytest.raises(BufferError, match="uses the memory"):
             client.close()
@@ -207,7 +207,7 @@ def test_closing(client, make):
 
 def test_an_exception_closes_it_too(client, make):
     path, _ = make(10)
-    with pytest.raises(KeyError), client.open(path) as mapping:  # noqa: PT012
+    with pytest.raises(KeyError), client.open(path) as mapping:
         raise KeyError
     assert not mapping.shown
 

@@ -13,8 +13,8 @@ from k42 import vm
 PAGES = 40
 
 
-def test_a_page_made_writable_is_a_private_copy(kernels, folder, script):
-    kernel = kernels()
+def test_a_page_made_writable_is_a_private_copy(shared_kernel, folder, script):
+    kernel = shared_kernel
     content = words(PAGES * PAGE)
     path = folder / "file"
     path.write_bytes(content)

@@ -32,8 +32,8 @@ def waits_for_a_page(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["file", "anonymous"])
-def test_a_handler_runs_while_a_fault_waits(kernels, script, folder, kind):
-    kernel = kernels()
+def test_a_handler_runs_while_a_fault_waits(shared_kernel, script, folder, kind):
+    kernel = shared_kernel
     path = folder / "file"
     path.write_bytes(words(100 * PAGE))
     handled, handled_write = os.pipe()

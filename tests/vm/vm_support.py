@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from k42 import vm
+
 PAGE = 4096
 _LIMIT = 70.0  # seconds; scripts end themselves after 60
 
@@ -56,7 +58,7 @@ class Script:
     def __init__(
         self, code: str, *arguments: object, connect: bool = True, options: tuple[str, ...] = (), **popen: Any
     ):
-        self._stderr = tempfile.TemporaryFile("w+")
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
         source = _PRELUDE + _CONNECT * connect + textwrap.dedent(code)
         self.process = subprocess.Popen(
             [sys.executable, *options, "-c", source, *map(str, arguments)],
@@ -120,6 +122,34 @@ class Script:
             assert stream is not None
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
+
+
+class Kernels:
+    """Starts kernels, and looks at each when it ends."""
+
+    def __init__(self) -> None:
+        self._folders = contextlib.ExitStack()
+        self._started: list[vm.KernelProcess] = []
+        self._killed: set[int] = set()
+
+    def __call__(self, budget: int = 64 << 20, **options: Any) -> vm.KernelProcess:
+        folder = self._folders.enter_context(tempfile.TemporaryDirectory(prefix="k42-"))
+        kernel = vm.launch(Path(folder) / "kernel.sock", budget, **options)
+        self._started.append(kernel)
+        return kernel
+
+    def kill(self, kernel: vm.KernelProcess) -> None:
+        self._killed.add(kernel.pid)
+        kernel.kill()
+
+    def end(self) -> None:
+        with self._folders:
+            for kernel in self._started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(kernel.pid, signal.SIGCONT)  # a test that failed may have left it stopped
+                status = kernel.stop()
+                assert status == (-signal.SIGKILL if kernel.pid in self._killed else 0), kernel.log.read_text()
+                assert "Traceback" not in kernel.log.read_text(), kernel.log.read_text()
 
 
 class Raw:

@@ -9,7 +9,6 @@ import fcntl
 import os
 import socket
 import stat as stat_module
-import sys
 import threading
 import warnings
 import weakref
@@ -296,15 +295,15 @@ class Client:
             for descriptor in self._uffds.values():
                 os.close(descriptor)
 
-    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if ending() or self._closed or not hasattr(self, "_guard"):
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self._closed or not hasattr(self, "_guard"):
             return
-        # No mapping is left, or there would be a reference.
+        # No mapping is left, or there would be a reference; or the process ends, and the modules may be gone.
         self._closed = True
         self._guard.stop()
         self._connection.close()
         for descriptor in self._uffds.values():
-            os.close(descriptor)
+            close(descriptor)
 
     def _after_fork(self) -> None:
         """In a forked child: the parent's connection, mappings and userfaultfds are the parent's."""
