@@ -52,8 +52,8 @@ class Detached {
 };
 
 // Adds a heap type made from `spec` to the module; returns the type (borrowed from the module) or nullptr.
-inline PyTypeObject* add_type(PyObject* module, PyType_Spec* spec) {
-    Ref type = Ref::steal(PyType_FromModuleAndSpec(module, spec, nullptr));
+inline PyTypeObject* add_type(PyObject* module, PyType_Spec* spec, PyTypeObject* base = nullptr) {
+    Ref type = Ref::steal(PyType_FromModuleAndSpec(module, spec, reinterpret_cast<PyObject*>(base)));
     if (!type) return nullptr;
     auto* result = reinterpret_cast<PyTypeObject*>(type.get());
     if (PyModule_AddType(module, result) < 0) return nullptr;
@@ -62,6 +62,7 @@ inline PyTypeObject* add_type(PyObject* module, PyType_Spec* spec) {
 
 // One function a file of the edge: adds its type or functions to the module; -1 with an exception set.
 int add_reference(PyObject* module);
+int add_counter(PyObject* module);
 int add_vm(PyObject* module);           // Linux only
 int add_experiments(PyObject* module);  // Linux only
 

@@ -6,6 +6,7 @@ namespace {
 int exec(PyObject* module) {
     using namespace k42::edge;
     if (add_reference(module) < 0) return -1;
+    if (add_counter(module) < 0) return -1;
 #ifdef __linux__
     if (add_vm(module) < 0) return -1;
     if (add_experiments(module) < 0) return -1;
@@ -24,9 +25,15 @@ PyModuleDef_Slot slots[] = {
     {0, nullptr},
 };
 
-PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "k42._native", "The C++ core of k42, as Python types.", 0,
-    nullptr,               slots,         nullptr,                                 nullptr, nullptr};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "k42._native",
+                          "The C++ core of k42, as Python types.",
+                          0,
+                          nullptr,
+                          slots,
+                          nullptr,
+                          nullptr,
+                          nullptr};
 
 }  // namespace
 

@@ -257,7 +257,7 @@ int add_reference(PyObject* module) {
     if (!destroyed_error) return -1;
     reference_type = add_type(module, &spec);
     if (!reference_type || PyModule_AddFunctions(module, functions) < 0) return -1;
-    if (add_method(module) < 0 || add_attribute(module) < 0) return -1;
+    if (add_method(module) < 0 || add_attribute(module) < 0 || add_native_rep(module) < 0) return -1;
     return add_processors(module);
 }
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,21 @@ def test_page_sizes_are_rows_where_only_some_have_them() -> None:
     assert rows == ["linux", "k42, 4 KiB pages", "k42, 64 KiB pages"]
 
 
+def test_without_pages_processors_are_columns() -> None:
+    found = [Record("counter", "real", "no-op", n, "time_per_call", "ns", 2.0, 5, 0.4, {"calls": 9}) for n in (1, 2)]
+    text = shown(found)
+    assert "1 processor " in text
+    assert "pages" not in text
+    assert text.count("2.00 ±10%") == 2
+
+
 @pytest.mark.parametrize("processors", [(1,), (1, 2), (1, 2, 4, 8)])
 def test_plots_are_drawn(tmp_path: Path, processors: tuple[int, ...]) -> None:
     pytest.importorskip("matplotlib")
     both = [
         *records("grep", processors, {"linux": (4096,), "k42": (4096, 65536)}),
         *records("memclone", processors, {"linux": (4096, 65536), "k42": (4096, 65536)}),
+        *(dataclasses.replace(each, parameters={}) for each in records("counter", processors, {"no-op": (0,)})),
     ]
     path = tmp_path / "new" / "plot.png"
     plot(both, path)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from k42.experiments import faults, grep, memclone
+from k42.experiments import counter, faults, grep, memclone
 from k42.experiments._runner import Options, Report
 
 __all__ = ["EXPERIMENTS", "Options", "Report"]
 
 EXPERIMENTS: dict[str, Callable[[Options], Report]] = {
+    "counter": counter.run,
     "faults": faults.run,
     "grep": grep.run,
     "memclone": memclone.run,

@@ -16,7 +16,7 @@ from k42.experiments._record import Record
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# One hue for each who serves the faults; its variants differ in lightness.
+# One hue for each who serves the faults, and for each way to count; its variants differ in lightness.
 _COLOURS = {
     "linux": "#4c6a92",
     "linux-anonymous": "#8aa5c7",
@@ -28,6 +28,16 @@ _COLOURS = {
     "k42, 4 KiB pages": "#d1662f",
     "k42, 64 KiB pages": "#eeb08c",
     "k42-zero": "#eeb08c",
+    "native-lock": "#a9bdd9",
+    "SharedCounter": "#4c6a92",
+    "threading.Lock": "#26364c",
+    "native-atomic": "#a3c9aa",
+    "AtomicCounter": "#4f8a5b",
+    "native-array": "#d8c3e0",
+    "PackedCounter": "#8a5a99",
+    "native-padded": "#eeb08c",
+    "DistributedCounter": "#d1662f",
+    "no-op": "#999999",
 }
 
 
@@ -49,18 +59,23 @@ def counted(processors: int) -> str:
     return f"{processors} processor{'s' if processors != 1 else ''}"
 
 
+def _page_size(record: Record) -> int:
+    return record.parameters.get("page_size", 0)
+
+
 class _Layout:
     """How records are arranged: by series (a row, a colour) and by group (a column, a place on the axis).
 
     A series is an implementation, and a group a page size and a number of processors, if each implementation
     was measured with each page size; otherwise the page size, where there are several, is part of the series.
+    Where there are no pages, a group is a number of processors.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.first = records[0]
         sizes: dict[str, set[int]] = {}
         for record in records:
-            sizes.setdefault(record.implementation, set()).add(record.parameters["page_size"])
+            sizes.setdefault(record.implementation, set()).add(_page_size(record))
         self._by_size = len({frozenset(each) for each in sizes.values()}) == 1
         self._sizes = sizes
         self.cells = {(self._series(record), self._group(record)): record for record in records}
@@ -71,10 +86,10 @@ class _Layout:
         name = record.implementation
         if self._by_size or len(self._sizes[name]) == 1:
             return name
-        return f"{name}, {size(record.parameters['page_size'])} pages"
+        return f"{name}, {size(_page_size(record))} pages"
 
     def _group(self, record: Record) -> tuple[int, int]:
-        return record.parameters["page_size"] if self._by_size else 0, record.processors
+        return _page_size(record) if self._by_size else 0, record.processors
 
     def label(self, group: tuple[int, int]) -> str:
         """What stands above a column or below a place: a line or two."""
@@ -170,7 +185,7 @@ def _lines(axes: Axes, records: Sequence[Record]) -> None:
     """A line for each implementation and page size, against the number of processors."""
     lines: dict[tuple[str, int], list[Record]] = {}
     for record in sorted(records, key=lambda record: record.processors):
-        lines.setdefault((record.implementation, record.parameters["page_size"]), []).append(record)
+        lines.setdefault((record.implementation, _page_size(record)), []).append(record)
     styles = dict(zip(sorted({page_size for _, page_size in lines}), ("-", "--", ":"), strict=False))
     for (name, page_size), own in lines.items():
         axes.errorbar(
@@ -180,7 +195,7 @@ def _lines(axes: Axes, records: Sequence[Record]) -> None:
             color=_COLOURS.get(name),
             linestyle=styles[page_size],
             marker="o",
-            label=f"{name}, {size(page_size)} pages",
+            label=f"{name}, {size(page_size)} pages" if page_size else name,
         )
     counts = sorted({record.processors for record in records})
     axes.set_xscale("log", base=2)

@@ -2,12 +2,15 @@
 
 It has a native descriptor for each method of the class, which swaps `self` for the local representative, and
 for each other attribute of the class one that reads it there. Methods are taken as they are at that moment.
+
+Where a class has taken a method of a native representative over (`add = _native.PaddedPart.add`), the reference type
+gets that C function itself, which finds the representative: the cheapest call that the interpreter has.
 """
 
 from __future__ import annotations
 
 import threading
-from types import GetSetDescriptorType, MemberDescriptorType
+from types import GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType
 from typing import Any
 
 from k42 import _native
@@ -66,7 +69,12 @@ def _generate(cls: type, base: type) -> type:
         # Type checkers see the class itself: so does isinstance().
         "__class__": property(lambda _: cls),
     }
-    return type(cls.__name__, (_native.Reference,), namespace)
+    made = type(cls.__name__, (_native.Reference,), namespace)
+    for name, value in attributes.items():
+        # A method of native representatives is one of the references, too: the interpreter's own descriptor.
+        if isinstance(value, MethodDescriptorType) and issubclass(value.__objclass__, _native.NativeRep):
+            setattr(made, name, _native.native_method(made, value))
+    return made
 
 
 def _descriptor(cls: type, name: str, value: Any) -> Any:

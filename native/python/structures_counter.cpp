@@ -1,0 +1,248 @@
+// k42._native.SharedCount, AtomicCount, PackedCount and PaddedCount: the counters of the core for k42.structures.
+//
+// The first two are the one representative of their object. The others are the shared state that a root holds;
+// their join() makes the representatives, PackedPart and PaddedPart. A call on a reference touches nothing of the
+// interpreter that threads share.
+#include <chrono>
+#include <new>
+
+#include "arguments.hpp"
+#include "reference.hpp"
+#include "structures/counter.hpp"
+
+namespace k42::edge {
+
+namespace {
+
+// The representative of one processor. It keeps the count alive that its part belongs to.
+template <typename Count>
+struct Part {
+    Ref owner;
+    Count* count;
+    typename Count::Part* part;
+};
+
+// What representatives do. Where one can wait it detaches from the interpreter first.
+
+bool add(SharedCount& count, int64_t k) {
+    if (auto added = count.try_add(k)) return *added;
+    Detached detached;
+    return count.add(k);
+}
+bool add(AtomicCount& count, int64_t k) { return count.add(k); }
+template <typename Count>
+bool add(Part<Count>& rep, int64_t k) {
+    return rep.part->add(k);
+}
+
+std::optional<int64_t> value(SharedCount& count) {
+    Detached detached;
+    return count.value();
+}
+std::optional<int64_t> value(AtomicCount& count) { return count.value(); }
+template <typename Count>
+std::optional<int64_t> value(Part<Count>& rep) {
+    return rep.count->value();
+}
+
+template <typename Count>
+std::optional<int64_t> approximate(Count& count) {
+    return count.approximate();
+}
+template <typename Count>
+std::optional<int64_t> approximate(Part<Count>& rep) {
+    return rep.count->approximate();
+}
+
+// False: an exception is set.
+bool to_int64(PyObject* o, const char* name, int64_t& out) {
+    if (!PyLong_Check(o) || PyBool_Check(o)) [[unlikely]] {
+        PyErr_Format(PyExc_TypeError, "%s must be an int, not %.100s", name, Py_TYPE(o)->tp_name);
+        return false;
+    }
+    int overflow;
+    out = PyLong_AsLongLongAndOverflow(o, &overflow);
+    if (!overflow) [[likely]]
+        return true;
+    PyErr_Format(PyExc_OverflowError, "%s must fit 64 bits with a sign", name);
+    return false;
+}
+
+// The one argument of add(k=1).
+bool to_k(PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames, int64_t& k) {
+    const Py_ssize_t named = kwnames ? PyTuple_GET_SIZE(kwnames) : 0;
+    if (nargs + named == 0) {
+        k = 1;
+        return true;
+    }
+    if (nargs + named > 1) {
+        PyErr_Format(PyExc_TypeError, "add() takes at most 1 argument, not %zd", nargs + named);
+        return false;
+    }
+    if (named && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(kwnames, 0), "k") != 0) {
+        PyErr_Format(PyExc_TypeError, "add() takes no argument %R", PyTuple_GET_ITEM(kwnames, 0));
+        return false;
+    }
+    return to_int64(args[0], "k", k);
+}
+
+bool takes_none(const char* function, Py_ssize_t nargs, PyObject* kwnames) {
+    if (nargs == 0 && !kwnames) return true;
+    PyErr_Format(PyExc_TypeError, "%s() takes no arguments", function);
+    return false;
+}
+
+PyObject* result(std::optional<int64_t> count) {
+    if (count) return PyLong_FromLongLong(*count);
+    PyErr_SetString(PyExc_OverflowError, "the count does not fit 64 bits with a sign");
+    return nullptr;
+}
+
+PyObject* set_full() {
+    PyErr_SetString(PyExc_OverflowError, "the count would not fit 64 bits with a sign; nothing was added");
+    return nullptr;
+}
+
+// The methods of a representative of type Rep.
+template <typename Rep>
+struct Methods {
+    static inline PyTypeObject* type = nullptr;
+
+    static Rep& of(PyObject* self) { return Holder<Rep>::of(self); }
+
+    static PyObject* add(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
+        int64_t k;
+        if (!to_k(args, nargs, kwnames, k)) return nullptr;
+        if (!edge::add(of(self), k)) return set_full();
+        Py_RETURN_NONE;
+    }
+
+    static PyObject* value(PyObject* self, PyObject* const*, Py_ssize_t nargs, PyObject* kwnames) {
+        return takes_none("value", nargs, kwnames) ? result(edge::value(of(self))) : nullptr;
+    }
+
+    static PyObject* approximate(PyObject* self, PyObject* const*, Py_ssize_t nargs, PyObject* kwnames) {
+        return takes_none("approximate", nargs, kwnames) ? result(edge::approximate(of(self))) : nullptr;
+    }
+
+    [[gnu::noinline]] static bool add_one(Rep& rep) {
+        if constexpr (requires { rep.part; }) {
+            return rep.part->add(1);
+        } else {
+            return rep.add(1);
+        }
+    }
+
+    static PyObject* time_adds(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
+        using Clock = std::chrono::steady_clock;  // on Linux the clock of time.monotonic_ns()
+        uint64_t calls, start;
+        if (kwnames) {
+            PyErr_SetString(PyExc_TypeError, "time_adds() takes no keyword arguments");
+            return nullptr;
+        }
+        if (!unpack("time_adds", args, nargs, calls, start)) return nullptr;
+        Rep& rep = of(self);
+        bool added = true;
+        std::chrono::duration<double> seconds;
+        {
+            Detached detached;
+            const Clock::time_point from{std::chrono::nanoseconds(start)};
+            while (Clock::now() < from) {
+            }
+            const auto begin = Clock::now();
+            for (uint64_t i = 0; i < calls && added; ++i) added = add_one(rep);
+            seconds = Clock::now() - begin;
+        }
+        return added ? PyFloat_FromDouble(seconds.count()) : set_full();
+    }
+
+    template <NativeMethod method>
+    static PyMethodDef entry(const char* name, const char* doc) {
+        return {name, native_function(on_rep<Methods, method>), METH_FASTCALL | METH_KEYWORDS, doc};
+    }
+    static inline PyMethodDef table[] = {
+        entry<add>("add", PyDoc_STR("add($self, /, k=1)\n--\n\nCount `k` more; see k42.structures.Counter.")),
+        entry<value>("value", PyDoc_STR("value($self, /)\n--\n\nReturn the count; see k42.structures.Counter.")),
+        entry<approximate>("approximate", PyDoc_STR("approximate($self, /)\n--\n\n"
+                                                    "Return about the count; see k42.structures.Counter.")),
+        entry<time_adds>("time_adds",
+                         PyDoc_STR("time_adds($self, calls, start, /)\n--\n\n"
+                                   "Wait for `start` (monotonic ns), add 1 so many times in native code; return the "
+                                   "seconds.")),
+        {nullptr, nullptr, 0, nullptr},
+    };
+};
+
+// A count that is a representative itself, or makes them.
+template <typename Count>
+PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+    PyObject* number;
+    int64_t start;
+    if (!unpack_new(type->tp_name, args, kwargs, number) || !to_int64(number, "start", start)) return nullptr;
+    return Holder<Count>::make(type, start);
+}
+
+template <typename Count>
+PyObject* join(PyObject* self, PyObject*) {
+    Count& count = Holder<Count>::of(self);
+    typename Count::Part* part;
+    try {
+        Detached detached;
+        part = &count.join();
+    } catch (const std::bad_alloc&) {
+        return PyErr_NoMemory();
+    }
+    return Holder<Part<Count>>::make(Methods<Part<Count>>::type, Ref::borrow(self), &count, part);
+}
+
+template <typename Count>
+PyMethodDef join_table[] = {
+    {"join", join<Count>, METH_NOARGS, PyDoc_STR("join($self, /)\n--\n\nReturn a new representative, which counts 0.")},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+template <typename T>
+PyTypeObject* add_holder(PyObject* module, const char* name, const char* doc, PyMethodDef* methods, newfunc create,
+                         PyTypeObject* base) {
+    PyType_Slot slots[] = {
+        {Py_tp_dealloc, reinterpret_cast<void*>(Holder<T>::dealloc)},
+        {Py_tp_methods, methods},
+        {Py_tp_doc, const_cast<char*>(doc)},
+        {create ? Py_tp_new : 0, reinterpret_cast<void*>(create)},
+        {0, nullptr},
+    };
+    const unsigned long flags =
+        Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | (create ? 0 : Py_TPFLAGS_DISALLOW_INSTANTIATION);
+    PyType_Spec spec = {name, sizeof(Holder<T>), 0, static_cast<unsigned>(flags), slots};
+    return add_type(module, &spec, base);
+}
+
+// A count that is the representative of all processors.
+template <typename Count>
+bool add_whole(PyObject* module, const char* name) {
+    Methods<Count>::type = add_holder<Count>(module, name, "A count that all processors share.", Methods<Count>::table,
+                                             make<Count>, native_rep_type);
+    return Methods<Count>::type;
+}
+
+// A count whose parts are the representatives.
+template <typename Count>
+bool add_parts(PyObject* module, const char* name, const char* part_name) {
+    using Rep = Part<Count>;
+    Methods<Rep>::type = add_holder<Rep>(module, part_name, "What one processor has counted.", Methods<Rep>::table,
+                                         nullptr, native_rep_type);
+    return Methods<Rep>::type && add_holder<Count>(module, name, "The start of a count, and its parts.",
+                                                   join_table<Count>, make<Count>, nullptr);
+}
+
+}  // namespace
+
+int add_counter(PyObject* module) {
+    const bool added = add_whole<SharedCount>(module, "k42._native.SharedCount") &&
+                       add_whole<AtomicCount>(module, "k42._native.AtomicCount") &&
+                       add_parts<PackedCount>(module, "k42._native.PackedCount", "k42._native.PackedPart") &&
+                       add_parts<PaddedCount>(module, "k42._native.PaddedCount", "k42._native.PaddedPart");
+    return added ? 0 : -1;
+}
+
+}  // namespace k42::edge

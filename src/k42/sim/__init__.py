@@ -1,0 +1,1 @@
+"""The simulated multiprocessor, and the models that run on it. So far there are the models."""

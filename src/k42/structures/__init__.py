@@ -1,0 +1,7 @@
+"""Ready-made Clustered Objects, one file each: an interface and its implementations."""
+
+from __future__ import annotations
+
+from k42.structures.counter import AtomicCounter, Counter, DistributedCounter, PackedCounter, SharedCounter
+
+__all__ = ["AtomicCounter", "Counter", "DistributedCounter", "PackedCounter", "SharedCounter"]
