@@ -169,7 +169,9 @@ def test_a_forked_child_gets_the_users_kernel_for_itself(runtime, script):
     file = runtime.parent / "file"
     file.write_bytes(words(100_000))
     assert script(code, file, options=("-W", "ignore::DeprecationWarning")).good() == "0 True\n"
-    until(lambda: not (runtime / "kernel.sock").exists(), "the kernel ends by itself")
+    [pid] = pids_of_kernels(runtime)
+    os.kill(pid, signal.SIGTERM)  # it would end by itself, later
+    until(lambda: has_ended(pid), "the kernel ends")
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o710, 0o701])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import json
 import os
@@ -39,8 +40,8 @@ warnings.simplefilter("ignore", vm.UserModeOnlyWarning)  # tests of it connect b
 
 def words(size: int, seed: int = 0) -> bytes:
     """Bytes in which each eight say where they are: a page at the wrong place, of zeros, or of another file shows."""
-    count = -(-size // 8)
-    return b"".join((seed << 40 | i + 1).to_bytes(8, "little") for i in range(count))[:size]
+    first = (seed << 40) + 1
+    return array.array("Q", range(first, first + -(-size // 8))).tobytes()[:size]
 
 
 def until(condition: Callable[[], Any], what: str, limit: float = 30.0) -> Any:
