@@ -188,12 +188,13 @@ def descriptors_of(pid: int) -> list[str]:
 
 def frame_bytes(pid: int) -> int:
     """Memory in the kernel's frames, as Linux counts it."""
-    total = 0
+    blocks = {}  # by inode: while the kernel hands a memfd to a client it has two descriptors of it
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
             if os.readlink(entry).startswith("/memfd:k42:"):
-                total += entry.stat().st_blocks * 512
-    return total
+                status = entry.stat()
+                blocks[status.st_ino] = status.st_blocks
+    return sum(blocks.values()) * 512
 
 
 def anonymous_bytes(pid: int) -> int:
