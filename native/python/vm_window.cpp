@@ -42,6 +42,11 @@ PyObject* guard_watch(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
+PyObject* guard_forget(PyObject* self, PyObject*) {
+    SelfGuard::of(self).guard.forget_in_child();
+    Py_RETURN_NONE;
+}
+
 PyObject* guard_stop(PyObject* self, PyObject*) {
     {
         Detached detached;
@@ -138,15 +143,17 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     const int protection = writable ? PROT_READ | PROT_WRITE : PROT_READ;
     const int flags = (writable ? MAP_SHARED : MAP_PRIVATE) | MAP_NORESERVE | MAP_FIXED;
     void* base = reinterpret_cast<void*>(window.base.load());
-    // Not inherited by children: an absent page touched there would put a page of zeros into the shared cache.
-    if (mmap(base, window.size, protection, flags, memfd, off_t(offset)) == MAP_FAILED ||
+    // Not inherited by children: an absent page touched there would put a page of zeros into the shared cache. Until
+    // that is sure, and the kernel asked for every page, nobody can touch it, here or in a child forked meanwhile.
+    int error = 0;
+    if (mmap(base, window.size, PROT_NONE, flags, memfd, off_t(offset)) == MAP_FAILED ||
         madvise(base, window.size, MADV_DONTFORK) < 0) {
-        const int error = errno;
-        window.lead_nowhere();
-        errno = error;
-        return PyErr_SetFromErrno(PyExc_OSError);
+        error = errno;
+    } else {
+        error = vm::register_range(uffd, window.base, window.size);
     }
-    if (const int error = vm::register_range(uffd, window.base, window.size)) {
+    if (error == 0 && mprotect(base, window.size, protection) < 0) error = errno;
+    if (error) {
         window.lead_nowhere();
         errno = error;
         return PyErr_SetFromErrno(PyExc_OSError);
@@ -236,7 +243,9 @@ PyObject* map_status(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
 }
 
 PyMethodDef guard_methods[] = {
-    {"watch", fast(guard_watch), METH_FASTCALL, "watch(uffd): take its faults over when the kernel is given up."},
+    {"watch", fast(guard_watch), METH_FASTCALL,
+     "watch(uffd): takes it over; its faults, too, when the kernel is given up."},
+    {"forget", guard_forget, METH_NOARGS, "In a forked child: close its copies of the userfaultfds."},
     {"stop", guard_stop, METH_NOARGS, "End the watching thread."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -147,21 +147,32 @@ def experiment(
 @app.command()
 def serve(
     budget: Annotated[
-        Any, typer.Option(parser=parse_size, metavar="SIZE", help="Memory for pages, such as 512M or 2GiB.")
+        Any,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="Memory for pages, such as 512M or 2GiB.",
+            show_default="a quarter of the machine's",
+        ),
     ] = None,
     socket: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Where clients connect; by default the user's own.")
     ] = None,
     linger: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", min=0, help="End when there has been no client for so long."),
+        typer.Option(
+            metavar="SECONDS", min=0.1, help="End when there has been no client for so long.", show_default="never"
+        ),
     ] = None,
+    all_cpus: Annotated[
+        bool, typer.Option("--all-cpus", help="Serve every CPU, not only those that this process may use.")
+    ] = False,
 ) -> None:
     """Run the kernel process, which serves the page faults of its clients, until it is ended."""
     from k42.vm import kernel
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    kernel.serve(socket=str(socket) if socket else None, budget=budget, linger=linger)
+    kernel.serve(socket=str(socket) if socket else None, budget=budget, linger=linger, all_cpus=all_cpus)
 
 
 @app.command()

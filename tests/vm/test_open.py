@@ -435,3 +435,36 @@ def test_threads_that_close_one_mapping_while_others_read(shared_kernel, make, s
         client.close()
         """
     assert script(code, shared_kernel.socket, path).good() == "[0]\n"
+
+
+def test_a_client_that_closes_while_others_open(kernels, script, make):
+    # Whoever loses hears of it; nobody is left with memory that the kernel no longer serves.
+    path, _ = make(400_000)
+    code = """
+        socket, path = sys.argv[1:]
+        wanted = open(path, "rb").read()
+        for _ in range(60):
+            client = vm.connect(socket)
+            gate = threading.Barrier(3)
+            kept = []
+            def work():
+                gate.wait()
+                try:
+                    while True:
+                        kept.append(client.open(path))
+                except vm.KernelUnavailable as error:
+                    assert str(error) == "this client is closed", error
+            threads = [threading.Thread(target=work) for _ in range(2)]
+            for thread in threads: thread.start()
+            gate.wait()
+            client.close()
+            for thread in threads: thread.join()
+            for mapping in kept:
+                try:
+                    assert mapping[:] == wanted
+                    say("still shown")
+                except ValueError:
+                    pass  # closed
+        say("done")
+        """
+    assert script(code, kernels().socket, path).good() == "done\n"

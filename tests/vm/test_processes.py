@@ -26,6 +26,7 @@ def path(folder: Path) -> Path:
 def test_a_forked_child_cannot_plant_pages(shared_kernel, script, path):
     kernel = shared_kernel
     code = """
+        import mmap
         socket, path = sys.argv[1:]
         wanted = open(path, "rb").read()
         client = vm.connect(socket)
@@ -37,6 +38,8 @@ def test_a_forked_child_cannot_plant_pages(shared_kernel, script, path):
         for view in views:
             for page in (0, 5, 63):  # present, and not
                 if (child := os.fork()) == 0:
+                    # What the child maps meanwhile must not come to the inherited addresses.
+                    others = [mmap.mmap(-1, len(wanted)) for _ in range(32)]
                     view[page * 4096]
                     os._exit(0)
                 _, status = os.waitpid(child, 0)
@@ -70,6 +73,7 @@ def test_a_forked_child_cannot_plant_pages(shared_kernel, script, path):
     assert parent.line() == "True True"
     assert parent.line() == "[2]"
     parent.good()
+    assert parent.stderr().count("it belongs to the parent process: open it again in the forked child") == 6
 
 
 def test_a_forked_child_opens_its_own(shared_kernel, script, path):

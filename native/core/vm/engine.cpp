@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -132,7 +133,10 @@ void Engine::serve(int cpu) {
 
 void Engine::read_faults(int cpu, Server& server, Client& client) {
     uffd_msg messages[kBatch];
-    const ssize_t size = read(client.uffd, messages, sizeof messages);
+    // The client can make its descriptor, and so ours, a blocking one at any time: ask not to wait at each read.
+    iovec whole{messages, sizeof messages};
+    ssize_t size = preadv2(client.uffd, &whole, 1, -1, RWF_NOWAIT);
+    if (size < 0 && errno == EOPNOTSUPP) size = read(client.uffd, messages, sizeof messages);  // before Linux 6.10
     if (size <= 0) {
         // EAGAIN: the fault went away (a signal, or another's CONTINUE). Anything else: the client is gone; stop
         // polling it, its connection's end removes it.
@@ -146,6 +150,8 @@ void Engine::read_faults(int cpu, Server& server, Client& client) {
     uint64_t finished = 0;
     const auto count = uint64_t(size) / sizeof(uffd_msg);
     for (uint64_t i = 0; i < count; ++i) {
+        if (messages[i].event == UFFD_EVENT_FORK)
+            close(int(messages[i].arg.fork.ufd));  // asked for by no client of ours
         if (messages[i].event != UFFD_EVENT_PAGEFAULT) continue;
         const auto& fault = messages[i].arg.pagefault;
         if (stick_) server.affinity.fault(client.pid, pid_t(fault.feat.ptid), now);

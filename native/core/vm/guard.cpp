@@ -2,8 +2,10 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,7 +20,8 @@ namespace {
 
 std::atomic<WindowRecord*> windows{nullptr};
 std::mutex windows_lock;  // protects the list against writers; readers (the handler) take nothing
-struct sigaction previous;
+struct sigaction previous_bus;
+struct sigaction previous_segv;
 
 // snprintf is not async-signal-safe; this is.
 class Line {
@@ -44,19 +47,21 @@ class Line {
     size_t size_ = 0;
 };
 
-void explain(uint64_t address) {
+void explain(int number, uint64_t address) {
     for (WindowRecord* w = windows.load(std::memory_order_acquire); w; w = w->next) {
         const uint64_t base = w->base.load(std::memory_order_acquire);
         if (base == 0 || address - base >= w->length) continue;
         const char* reason = "the page could not be had";
         const FailureRecord* failure = StatusPage::find(w->status, address);
-        if (w->abandoned->load(std::memory_order_relaxed)) {
+        if (number == SIGSEGV) {
+            reason = "it belongs to the parent process: open it again in the forked child";
+        } else if (w->abandoned->load(std::memory_order_relaxed)) {
             reason = "the kernel (k42 serve) that served it is gone and none took over";
         } else if (failure) {
             reason = failure->reason;
         }
         Line()
-            .text("k42: bus error in the mapping of ")
+            .text(number == SIGBUS ? "k42: bus error in the mapping of " : "k42: no access to the mapping of ")
             .text(w->name)
             .text(", offset ")
             .number(w->offset + (address - base), 10)
@@ -70,10 +75,11 @@ void explain(uint64_t address) {
     }
 }
 
-void on_sigbus(int number, siginfo_t* info, void* context) {
+void on_fault(int number, siginfo_t* info, void* context) {
     const int error = errno;
-    explain(reinterpret_cast<uint64_t>(info->si_addr));
+    explain(number, reinterpret_cast<uint64_t>(info->si_addr));
     errno = error;
+    const struct sigaction& previous = number == SIGBUS ? previous_bus : previous_segv;
     if (previous.sa_flags & SA_SIGINFO) {
         previous.sa_sigaction(number, info, context);
     } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
@@ -83,13 +89,33 @@ void on_sigbus(int number, siginfo_t* info, void* context) {
     }
 }
 
-void install_handler() {
+void install(int number, struct sigaction* previous) {
+    struct sigaction action{};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigaction(number, &action, previous);
+}
+
+// A forked child has no windows, but may have inherited pointers to them: nothing else may come to their addresses.
+void reserve_in_child() {
+    bool some = false;
+    for (WindowRecord* w = windows.load(std::memory_order_acquire); w; w = w->next) {
+        const uint64_t base = w->base.load(std::memory_order_acquire);
+        if (base == 0) continue;
+        mmap(reinterpret_cast<void*>(base), w->length, PROT_NONE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
+        some = true;
+    }
+    static bool installed = false;  // a child may fork again
+    if (some && !installed) install(SIGSEGV, &previous_segv);
+    installed = installed || some;
+}
+
+void prepare_process() {
     static std::once_flag once;
     std::call_once(once, [] {
-        struct sigaction action{};
-        action.sa_sigaction = on_sigbus;
-        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-        sigaction(SIGBUS, &action, &previous);
+        install(SIGBUS, &previous_bus);
+        pthread_atfork(nullptr, nullptr, reserve_in_child);
     });
 }
 
@@ -97,7 +123,7 @@ void install_handler() {
 
 WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, const std::string& name, const void* status,
                           const std::atomic<bool>* abandoned) {
-    install_handler();
+    prepare_process();
     std::lock_guard guard(windows_lock);
     WindowRecord* record = windows.load(std::memory_order_relaxed);
     while (record && record->base.load(std::memory_order_relaxed) != 0) record = record->next;
@@ -150,6 +176,16 @@ void Guard::stop() {
     [[maybe_unused]] const auto written = write(wake_, &one, sizeof one);
     thread_.join();
     close(wake_);
+}
+
+void Guard::forget_in_child() {
+    for (int uffd : uffds_) close(uffd);
+    uffds_.clear();
+}
+
+Guard::~Guard() {
+    stop();
+    for (int uffd : uffds_) close(uffd);
 }
 
 void Guard::run() {

@@ -35,16 +35,19 @@ void unlist_window(WindowRecord* record);
 // Watches the connection to one kernel, in a thread of its own.
 class Guard {
   public:
-    // `socket`: the connection; both it and the userfaultfds stay the caller's until stop().
+    // `socket`: the connection; stays the caller's, until stop() at least.
     Guard(int socket, int grace_ms);
-    ~Guard() { stop(); }
+    ~Guard();
     Guard(const Guard&) = delete;
     Guard& operator=(const Guard&) = delete;
 
-    void watch(int uffd);                            // a userfaultfd whose faults the kernel serves
+    // A userfaultfd whose faults the kernel serves; taken over. It is open as long as a window shows anything: pages
+    // touched after its end would read as zeros.
+    void watch(int uffd);
     void add_range(uint64_t base, uint64_t length);  // a window on one of them
     void remove_range(uint64_t base);
     void stop();
+    void forget_in_child();  // after fork(): the child's copies of the descriptors are of no use
 
     // True once the kernel was given up; in memory that the SIGBUS handler may read for ever.
     const std::atomic<bool>* abandoned() const { return abandoned_; }

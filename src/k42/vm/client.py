@@ -12,7 +12,7 @@ import stat as stat_module
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -68,8 +68,13 @@ class Client:
         # Protects the connection: one request and its reply at a time. Taken by finalizers only if it is free.
         self._lock = threading.Lock()
         self._connection = connection
+        self._closing = False  # nothing new is mapped
         self._closed = False
+        self._number = 0  # of the last request
+        self.lost = False
+        """Whether the kernel was found to be gone: mappings that need it end in SIGBUS, requests fail."""
         self._uffds: dict[int, int] = {}  # CPU index to descriptor
+        self._handed_over: set[int] = set()  # CPU indices whose userfaultfd the kernel has
         self._garbage: collections.deque[tuple[int, int]] = collections.deque()  # windows dropped without close()
         self._mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
         _, uid = protocol.peer(connection)
@@ -100,9 +105,15 @@ class Client:
     def _exchange(self, message: Message, descriptors: tuple[int, ...]) -> tuple[Message, list[int]]:
         """A request and its reply; call with the lock held."""
         try:
-            protocol.send(self._connection, message, descriptors)
-            reply, received = protocol.receive(self._connection)
+            self._number += 1
+            protocol.send(self._connection, message | {"id": self._number}, descriptors)
+            while True:
+                reply, received = protocol.receive(self._connection)
+                if reply.get("id", self._number) == self._number:
+                    break
+                protocol.close_all(received)  # the answer to a request that Ctrl-C took us away from
         except (EOFError, OSError) as error:
+            self.lost = True
             raise KernelUnavailable(
                 f"the kernel has gone away (process {getattr(self, 'kernel_pid', '?')}): its mappings end in SIGBUS; "
                 "open them again with a new client"
@@ -114,44 +125,57 @@ class Client:
 
     def _request(self, message: Message, descriptors: tuple[int, ...] = ()) -> tuple[Message, list[int]]:
         with self._lock:
-            if self._closed:
+            if self._closed or (self._closing and message["op"] != "unmap"):
                 raise KernelUnavailable("this client is closed")
             self._collect()
-            return self._exchange(message, descriptors)
+            answer = self._exchange(message, descriptors)
+        self._collect_if_free()  # what was dropped meanwhile
+        return answer
 
     def _collect(self) -> None:
         """Tells the kernel of windows that were dropped; call with the lock held."""
         while self._garbage:
             region, base = self._garbage.popleft()
-            self._exchange({"op": "unmap", "region": region, "base": base}, ())
+            with contextlib.suppress(k42.Error):  # not what our caller asked for; a lost kernel shows at once anyway
+                self._exchange({"op": "unmap", "region": region, "base": base}, ())
+
+    def _collect_if_free(self) -> None:
+        if self._garbage and self._lock.acquire(blocking=False):
+            try:
+                if not self._closed:
+                    self._collect()
+            finally:
+                self._lock.release()
+
+    @contextlib.contextmanager
+    def _taken_back(self, region: int, base: int) -> Iterator[None]:
+        """If Ctrl-C takes us out of the block, the kernel is told to forget the window, whether it knew it or not."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self._garbage.append((region, base))
+            raise
 
     def _drop(self, region: int, base: int) -> None:
         """A window was garbage-collected. Never waits: the collector may run anywhere, even inside a request."""
         self._garbage.append((region, base))
-        if self._lock.acquire(blocking=False):
-            try:
-                if not self._closed:
-                    with contextlib.suppress(k42.Error):
-                        self._collect()
-            finally:
-                self._lock.release()
+        self._collect_if_free()
 
     def _cpu_index(self) -> int:
         """The kernel's index of the CPU that this thread runs on; with a userfaultfd there."""
         number = _native.current_cpu()
         index = self._cpus.index(number) if number in self._cpus else 0
         with self._lock:
-            if self._closed:
+            if self._closing:
                 raise KernelUnavailable("this client is closed")
             if index not in self._uffds:
-                descriptor = _open_userfaultfd()
-                try:
-                    self._exchange({"op": "uffd", "cpu": index}, (descriptor,))
-                except BaseException:
-                    os.close(descriptor)
-                    raise
-                self._uffds[index] = descriptor
-                self._guard.watch(descriptor)
+                self._uffds[index] = _open_userfaultfd()
+                self._guard.watch(self._uffds[index])
+            if index not in self._handed_over:  # again, where Ctrl-C kept us from knowing
+                self._exchange({"op": "uffd", "cpu": index}, (self._uffds[index],))
+                self._handed_over.add(index)
         return index
 
     # What users call.
@@ -244,12 +268,17 @@ class Client:
         index = self._cpu_index()
         mapping = Mapping(size)
         request |= {"op": "map", "cpu": index, "base": mapping.base, "size": size, "first": first, "group": group}
-        reply, [memfd] = self._request(request, descriptors)
-        mapping._attach(self, reply["region"], memfd, index, group * PAGE)
-        self._mappings.add(mapping)
+        with self._taken_back(mapping.base, mapping.base):
+            reply, [memfd] = self._request(request, descriptors)
+            mapping._attach(self, reply["region"], memfd, index, group * PAGE)
         name = os.fsencode(request.get("name", "anonymous memory")).decode(errors="replace")
-        mapping._show(first * PAGE, delta, length, writable, name)
-        return mapping
+        with self._lock:
+            if not self._closing:
+                self._mappings.add(mapping)
+                mapping._show(first * PAGE, delta, length, writable, name)
+                return mapping
+        mapping.close()
+        raise KernelUnavailable("this client is closed")
 
     def _show(
         self, mapping: Mapping, memfd: int, index: int, offset: int, delta: int, length: int, writable: bool, name: str
@@ -258,7 +287,8 @@ class Client:
 
     def _add_window(self, region: int, base: int, index: int) -> None:
         """Lists another window of a region, on the CPU with this index."""
-        self._request({"op": "window", "region": region, "cpu": index, "base": base})
+        with self._taken_back(region, base):
+            self._request({"op": "window", "region": region, "cpu": index, "base": base})
 
     def _remove_window(self, region: int, base: int) -> None:
         self._request({"op": "unmap", "region": region, "base": base})
@@ -281,38 +311,38 @@ class Client:
         Raises:
             BufferError: a mapping's memory is in use by an array or memoryview; nothing is closed.
         """
-        mappings = list(self._mappings)
-        for mapping in mappings:
-            mapping._refuse_exports()
-        for mapping in mappings:
-            mapping.close()
         with self._lock:
-            if self._closed:
-                return
+            self._closing = True
+        try:
+            mappings = list(self._mappings)
+            for mapping in mappings:
+                mapping._refuse_exports()
+            for mapping in mappings:
+                mapping.close()
+        except BaseException:
+            self._closing = False
+            raise
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        """Ends the connection. The userfaultfds are the guard's, which lives as long as any window is shown."""
+        if not self._closed:
             self._closed = True
             self._guard.stop()
             self._connection.close()
-            for descriptor in self._uffds.values():
-                os.close(descriptor)
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        if self._closed or not hasattr(self, "_guard"):
-            return
-        # No mapping is left, or there would be a reference; or the process ends, and the modules may be gone.
-        self._closed = True
-        self._guard.stop()
-        self._connection.close()
-        for descriptor in self._uffds.values():
-            close(descriptor)
+    def __del__(self) -> None:
+        if hasattr(self, "_guard"):
+            self._end()
 
     def _after_fork(self) -> None:
         """In a forked child: the parent's connection, mappings and userfaultfds are the parent's."""
         self._lock = threading.Lock()
-        self._closed = True
+        self._closing = self._closed = True
         self._mappings = weakref.WeakSet()
         self._connection.close()
-        for descriptor in self._uffds.values():
-            os.close(descriptor)
+        self._guard.forget()
 
     def __enter__(self) -> Client:
         return self
@@ -377,7 +407,7 @@ def _dial_or_start(path: Path) -> socket.socket:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with contextlib.suppress(KernelUnavailable):
             return _dial(path)  # another client has started it meanwhile
-        launch(path, linger=_LINGER).leave()
+        launch(path, linger=_LINGER, all_cpus=True).leave()  # it is for all processes of the user
         return _dial(path)
     finally:
         os.close(lock)
@@ -389,12 +419,25 @@ _default_lock = threading.Lock()  # protects _default; taken before a client's l
 
 
 def default_client() -> Client:
-    """The connection that `k42.vm.open` and `k42.vm.anonymous` use, made at the first call."""
+    """The connection that `k42.vm.open` and `k42.vm.anonymous` use, made at the first call, and anew when lost."""
     global _default
     with _default_lock:
+        if _default is not None and _default.lost:
+            _default = None  # mappings of it keep it alive
         if _default is None:
             _default = connect()
         return _default
+
+
+def _by_default(call: Callable[[Client], Mapping]) -> Mapping:
+    """The call on the default client; on a new one where the kernel of the old one turns out to be gone."""
+    client = default_client()
+    try:
+        return call(client)
+    except KernelUnavailable:
+        if not client.lost:
+            raise
+        return call(default_client())
 
 
 def _after_fork_in_child() -> None:
@@ -416,9 +459,9 @@ def open(
     page_size: int | None = None,
 ) -> Mapping:
     """Maps a file through the user's own kernel; see `Client.open`."""
-    return default_client().open(path, mode, offset, length, page_size)
+    return _by_default(lambda client: client.open(path, mode, offset, length, page_size))
 
 
 def anonymous(nbytes: int, page_size: int | None = None, overcommit: bool = False) -> Mapping:
     """Maps anonymous memory through the user's own kernel; see `Client.anonymous`."""
-    return default_client().anonymous(nbytes, page_size, overcommit)
+    return _by_default(lambda client: client.anonymous(nbytes, page_size, overcommit))

@@ -18,7 +18,7 @@ class OutOfFrames(Error, MemoryError):
 
 
 class StoreError(Error, OSError):
-    """A store (a file) could not be read as it was when it was opened."""
+    """A store (a file) could not be read, or was shorter than when it was opened."""
 
 
 class ProtocolError(Error):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import fcntl
 import itertools
 import logging
@@ -26,7 +27,7 @@ from typing import Any
 import k42
 from k42 import _native
 from k42.vm import protocol
-from k42.vm.errors import KernelUnavailable, OutOfFrames, ProtocolError
+from k42.vm.errors import KernelUnavailable, OutOfFrames, ProtocolError, StoreError
 from k42.vm.fault import Fault
 from k42.vm.fcm import FileCacheManager, SharedFCM
 from k42.vm.fr import FileFR, FileRepresentative, ZeroFR
@@ -119,7 +120,10 @@ class Kernel:
 
     def _listen(self) -> tuple[int, socket.socket]:
         """The lock that makes this the only kernel of the socket, and the socket."""
-        lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise KernelUnavailable(f"cannot listen on {self._path}: {error.strerror}") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -186,6 +190,7 @@ class Kernel:
     def _shut_down(self, workers: list[threading.Thread]) -> None:
         self._path.unlink(missing_ok=True)
         self._listener.close()
+        os.close(self._lock_file)  # freeing a large cache takes a while: the next kernel need not wait for it
         if self._clients:
             log.warning("ending while %d clients are connected: their mappings end in SIGBUS", len(self._clients))
         for client in list(self._clients.values()):
@@ -198,7 +203,6 @@ class Kernel:
         self._selector.close()
         self._wake_read.close()
         self._wake_write.close()
-        os.close(self._lock_file)
         log.info("ended")
 
     # Faults that the engine hands up.
@@ -227,7 +231,10 @@ class Kernel:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:
+        except OSError as failure:
+            if failure.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                log.warning("no room for another client: %s", failure)
+                time.sleep(0.05)  # it stays in the queue, and wakes us again at once
             return
         pid, uid = protocol.peer(connection)
         if uid != os.getuid():
@@ -240,7 +247,14 @@ class Kernel:
         client_id = next(self._ids)
         pm: PageManager = ProcessPM.create(self._global_pm)
         process = SharedProcess.create(pm)
-        hat = UffdHat.create(client_id, process.region_map(), len(self.cpus))
+        try:
+            hat = UffdHat.create(client_id, process.region_map(), len(self.cpus))
+        except OSError as failure:
+            log.warning("no room for process %d: %s", pid, failure)
+            connection.close()
+            for object_ in (process, pm):
+                k42.destroy(object_)
+            return
         process.attach_hat(hat)
         client = _Client(client_id, connection, pid, pm, process, hat)
         self._clients[client_id] = client
@@ -248,12 +262,16 @@ class Kernel:
 
     def _serve(self, client: _Client) -> None:
         """One request of a client; whatever is wrong with it ends in a reply or in a disconnection."""
+        message: Message = {}
         descriptors: list[int] = []
         sent: list[int] = []  # ours to close once they are sent
         try:
             try:
                 message, descriptors = protocol.receive(client.connection, socket.MSG_DONTWAIT)
-                reply, sent = self._answer(client, message, descriptors)
+                try:
+                    reply, sent = self._answer(client, message, descriptors)
+                except OSError as error:  # of a file or a descriptor of ours, not of the connection
+                    reply = protocol.to_reply(error if isinstance(error, k42.Error) else StoreError(*error.args))
             except (k42.Error, ValueError) as error:
                 reply = protocol.to_reply(error)
             except (KeyError, TypeError, OverflowError) as error:
@@ -265,6 +283,8 @@ class Kernel:
                 reply = protocol.to_reply(error)
             finally:
                 protocol.close_all(descriptors)  # those that nobody took
+            if "id" in message:
+                reply["id"] = message["id"]
             protocol.send(client.connection, reply, tuple(sent), socket.MSG_DONTWAIT)
         except BlockingIOError:
             pass  # nothing to read after all; or a client that does not read its replies, which harms itself alone
@@ -313,7 +333,9 @@ class Kernel:
         os.set_blocking(descriptor, False)  # else its reader, the CPU's fault server, would wait for this client alone
         native = client.hat.native()
         assert isinstance(native, _native.UffdHat)
-        if index in client.cpus or not native.attach_uffd(index, descriptor):
+        if index in client.cpus:
+            return {"ok": True}, []  # handed over before, by a request that the client did not see answered
+        if not native.attach_uffd(index, descriptor):
             raise ProtocolError("this CPU has a userfaultfd already")
         descriptors.clear()  # the HAT's now
         client.cpus.add(index)
@@ -342,7 +364,8 @@ class Kernel:
         file = None
         if message["kind"] == "file":
             [descriptor] = descriptors
-            self._global_pm.promise_file(max(group, self._global_pm.cluster()))
+            # Twice, since one access may lie across two pages, and ends only when both are there.
+            self._global_pm.promise_file(min(2 * max(group, self._global_pm.cluster()), self._frames_for(group)))
             file = self._open_file(descriptor, str(message["name"]), descriptors)
             fcm, reserved = file.fcm, 0
         else:
@@ -365,6 +388,16 @@ class Kernel:
         client.regions[base] = mapped
         return {"ok": True, "region": base}, [sent]
 
+    def _frames_for(self, group: int) -> int:
+        """The budget in frames, if at least two pages of this size fit; of 4 KiB one is enough."""
+        frames = self.budget // PAGE
+        if group > 1 and 2 * group > frames:
+            raise OutOfFrames(
+                f"two pages of {group * PAGE} bytes, which one access may need, are more than the kernel's budget of "
+                f"{self.budget} bytes: ask for a smaller page_size, or start it with a larger `--budget`"
+            )
+        return frames
+
     def _make_anonymous(self, size: int, group: int, *, overcommit: bool) -> tuple[FileCacheManager, int]:
         """A file cache of zeros, and the frames promised to it."""
         if size > _MAX_ANONYMOUS:
@@ -373,8 +406,8 @@ class Kernel:
         if not overcommit:
             self._global_pm.reserve(size // PAGE)
             reserved = size // PAGE
-        elif group > self.budget // PAGE:
-            raise OutOfFrames("one page of this size is larger than the kernel's budget: ask for a smaller page_size")
+        else:
+            self._frames_for(group)
         try:
             return self._make_fcm(
                 ZeroFR.create(size), Backing.OVERCOMMITTED if overcommit else Backing.RESERVED
@@ -462,7 +495,9 @@ class Kernel:
 
     def _unmap(self, client: _Client, message: Message) -> tuple[Message, list[int]]:
         start, base = int(message["region"]), int(message["base"])
-        mapped = client.regions[start]
+        mapped = client.regions.get(start)
+        if mapped is None or base not in mapped.windows:
+            return {"ok": True}, []  # of a request that the client did not see answered
         client.hat.remove_window(mapped.windows.pop(base), base, mapped.size)
         if not mapped.windows:
             del client.regions[start]
@@ -529,13 +564,16 @@ def default_budget() -> int:
     return limit // 4
 
 
-def serve(socket: str | None = None, budget: int | None = None, linger: float | None = None) -> None:
+def serve(
+    socket: str | None = None, budget: int | None = None, linger: float | None = None, *, all_cpus: bool = False
+) -> None:
     """Runs a kernel in this process until SIGINT, SIGTERM, or the end of `linger`.
 
     Args:
         socket: where to listen; None: the user's own place (see `k42.vm.protocol.default_socket`).
         budget: bytes of memory for pages; None: a quarter of the machine's.
         linger: seconds without a client after which to end; None: never.
+        all_cpus: serve every CPU of the machine, not only those that this process was started on.
 
     Raises:
         KernelUnavailable: another kernel listens there already.
@@ -544,6 +582,8 @@ def serve(socket: str | None = None, budget: int | None = None, linger: float | 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two descriptors a file, one a client and CPU
+    if all_cpus:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # Linux leaves out what is not ours to use
     path = Path(socket) if socket else protocol.default_socket()
     kernel = Kernel(path, default_budget() if budget is None else budget, linger)
 

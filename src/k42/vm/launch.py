@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,6 @@ class KernelProcess:
     It is in a process group of its own, so that Ctrl-C in the terminal is the client's alone, but in the client's
     session: where Linux schedules each session as a group (``sched_autogroup``), a hand-off to another session lets
     every other runnable process in between.
-
 
     Attributes:
         socket: where it listens.
@@ -50,8 +50,8 @@ class KernelProcess:
         self._process.wait()
 
     def leave(self) -> None:
-        """Lets it go on without this process: nobody here ends it or waits for it."""
-        self._process.returncode = 0  # else the end of this object, or of this process, gives a ResourceWarning
+        """Lets it go on without this process, which only takes note of its end."""
+        threading.Thread(target=self._process.wait, name="k42-kernel-end", daemon=True).start()
 
     def __enter__(self) -> KernelProcess:
         return self
@@ -62,13 +62,20 @@ class KernelProcess:
         self.stop()
 
 
-def launch(socket: str | os.PathLike[str], budget: int | None = None, linger: float | None = None) -> KernelProcess:
+def launch(
+    socket: str | os.PathLike[str],
+    budget: int | None = None,
+    linger: float | None = None,
+    *,
+    all_cpus: bool = False,
+) -> KernelProcess:
     """Starts ``k42 serve`` and returns when it answers.
 
     Args:
         socket: where it shall listen; its log stands beside it (``.log``).
         budget: bytes of memory for pages; None: a quarter of the machine's.
         linger: seconds without a client after which it ends by itself; None: never.
+        all_cpus: serve every CPU of the machine, not only those that this thread may use.
 
     Raises:
         KernelUnavailable: it ended at once, or does not answer; the message says where its log is.
@@ -80,6 +87,8 @@ def launch(socket: str | os.PathLike[str], budget: int | None = None, linger: fl
         command += ["--budget", str(budget)]
     if linger is not None:
         command += ["--linger", str(linger)]
+    if all_cpus:
+        command += ["--all-cpus"]
     with open(log, "ab", opener=_private) as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0, close_fds=True

@@ -21,7 +21,8 @@ class Mapping(_native.Window):
     """Part of a file, or anonymous memory, as real memory.
 
     It has the buffer protocol (``memoryview(m)``, ``numpy.asarray(m)``, ``re.search(pattern, m)``), a length, and
-    slices, which are copies (``bytes``). Use it as a context manager, or `close` it; dropping it unmaps it, too.
+    slices, which are copies (``bytes``). Use it as a context manager, or `close` it; dropping it
+    unmaps it, too (where it has local windows, when the garbage collector next runs).
 
     Made by `k42.vm.open` and `k42.vm.anonymous`.
     """

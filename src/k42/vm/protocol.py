@@ -1,7 +1,7 @@
 """The connection between a client and the kernel: one JSON object a message, descriptors beside it.
 
 A sequenced-packet Unix socket keeps messages apart. Each request has exactly one reply, either
-``{"ok": true, ...}`` or ``{"error": kind, "message": text}``.
+``{"ok": true, ...}`` or ``{"error": kind, "message": text}``, which carries the ``id`` of the request if that had one.
 """
 
 from __future__ import annotations
@@ -77,8 +77,12 @@ def receive(connection: socket.socket, flags: int = 0) -> tuple[Message, list[in
     try:
         if not data:
             raise EOFError
-        if received & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if received & socket.MSG_TRUNC:
             raise ProtocolError("a message too long")
+        if received & socket.MSG_CTRUNC:
+            raise ProtocolError(
+                "too many descriptors in a message, or no room for them in the process that received it"
+            )
         try:
             message = json.loads(data)
         except (ValueError, RecursionError) as error:

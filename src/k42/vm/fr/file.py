@@ -47,7 +47,10 @@ class FileFR(FileRepresentative):
             while done < wanted:
                 got = os.preadv(self.root.descriptor, [view[done:wanted]], offset + done)
                 if got == 0:
-                    raise StoreError(f"{self.root.name} was truncated at {offset + done} bytes while it was mapped")
+                    raise StoreError(
+                        f"{self.root.name} ends at {offset + done} bytes, before its size of {self.root.size} when it "
+                        "was opened: it was truncated while it was mapped, or is no stored file"
+                    )
                 done += got
             done = 0
             while done < length:

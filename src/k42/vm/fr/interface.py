@@ -20,7 +20,7 @@ class FileRepresentative(k42.Object):
         """Puts `count` pages of 4 KiB, from page `first`, into the frames; zeros past the end of the file.
 
         Raises:
-            StoreError: the file cannot be read, or is not what it was when it was opened.
+            StoreError: the file cannot be read, or is shorter than when it was opened.
         """
         raise NotImplementedError
 

@@ -40,4 +40,4 @@ class Hat(k42.Object):
 
     def fail(self, cpu: int, address: int, reason: str) -> None:
         """Ends accesses to the page at `address` with SIGBUS; the client prints `reason`."""
-        self.native().fail(cpu, address, PAGE, reason)
+        self.native().fail(cpu, address, PAGE, reason.encode(errors="replace").decode())  # names may be any bytes

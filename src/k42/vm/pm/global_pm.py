@@ -138,7 +138,8 @@ class SharedGlobalPM(GlobalPageManager):
 
     def _reclaim(self, frames: int) -> int:
         """Asks the FCMs in turn for at least `frames`, and for some more so as not to come again at once."""
-        wanted = max(frames, min(self.root.budget // 16, 512))
+        # Not all of what files have: an access that lies across two pages needs the one that came last.
+        wanted = max(frames, min(self.root.budget // 16, self.usage()["file"] // 4, 512))
         given = 0
         with self.root.lock:
             ring = list(self.root.fcms)
