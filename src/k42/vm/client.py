@@ -135,9 +135,10 @@ class Client:
     def _collect(self) -> None:
         """Tells the kernel of windows that were dropped; call with the lock held."""
         while self._garbage:
-            region, base = self._garbage.popleft()
+            region, base = self._garbage[0]  # stays there until it is done: doing it twice does no harm
             with contextlib.suppress(k42.Error):  # not what our caller asked for; a lost kernel shows at once anyway
                 self._exchange({"op": "unmap", "region": region, "base": base}, ())
+            self._garbage.popleft()
 
     def _collect_if_free(self) -> None:
         if self._garbage and self._lock.acquire(blocking=False):

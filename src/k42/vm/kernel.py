@@ -359,8 +359,6 @@ class Kernel:
             raise ProtocolError("a mapping is whole pages")
         if not 1 <= group <= MAX_GROUP or group & (group - 1):
             raise ValueError(f"page_size must be a power of two from {PAGE} to {MAX_GROUP * PAGE} bytes")
-        if base in client.regions:
-            raise ProtocolError("the addresses overlap another mapping")
         file = None
         if message["kind"] == "file":
             [descriptor] = descriptors
@@ -377,9 +375,11 @@ class Kernel:
             raise
         mapped = _Mapped(region, fcm, base, size, file, reserved)
         try:
-            if not client.process.attach_region(base, region) or not client.hat.add_window(index, base, size, base):
-                raise ProtocolError("the addresses overlap another mapping")
-            mapped.windows[base] = index
+            if not client.process.attach_region(base, region):
+                self._forget(client, base, size)
+                if not client.process.attach_region(base, region):
+                    raise ProtocolError("the addresses overlap another mapping")
+            self._add_window(client, mapped, index, base)
             fcm.native().attach(region.native())
             sent = self._descriptor(fcm, writable=file is None)
         except BaseException:
@@ -488,10 +488,29 @@ class Kernel:
         base = int(message["base"])
         if index not in client.cpus or base in mapped.windows:
             raise ProtocolError("this CPU has no userfaultfd, or the window is there already")
-        if base % PAGE or not client.hat.add_window(index, base, mapped.size, mapped.start):
-            raise ProtocolError("the window overlaps another")
-        mapped.windows[base] = index
+        if base % PAGE or (base < mapped.start + mapped.size and mapped.start < base + mapped.size):
+            raise ProtocolError("a window is whole pages, and beside the region's own addresses")
+        self._add_window(client, mapped, index, base)
         return {"ok": True}, []
+
+    def _add_window(self, client: _Client, mapped: _Mapped, index: int, base: int) -> None:
+        if not client.hat.add_window(index, base, mapped.size, mapped.start):
+            self._forget(client, base, mapped.size)
+            if not client.hat.add_window(index, base, mapped.size, mapped.start):
+                raise ProtocolError("the window overlaps another")
+        mapped.windows[base] = index
+
+    def _forget(self, client: _Client, base: int, size: int) -> None:
+        """Ends what the client had at these addresses: it has gone, since the client shows something new there.
+
+        (As with ``mmap`` at a fixed address. Ctrl-C can keep a client from telling that a mapping has gone.)
+        """
+        for start, mapped in list(client.regions.items()):
+            for window in [window for window in mapped.windows if window < base + size and base < window + mapped.size]:
+                client.hat.remove_window(mapped.windows.pop(window), window, mapped.size)
+            if not mapped.windows or (start < base + size and base < start + mapped.size):
+                del client.regions[start]
+                self._destroy(client, mapped)
 
     def _unmap(self, client: _Client, message: Message) -> tuple[Message, list[int]]:
         start, base = int(message["region"]), int(message["base"])

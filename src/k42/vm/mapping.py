@@ -27,25 +27,26 @@ class Mapping(_native.Window):
     Made by `k42.vm.open` and `k42.vm.anonymous`.
     """
 
-    _client: Client | None = None
-    _parent: Mapping | None = None  # of a local window: the mapping that it belongs to
-    _region = 0
-    _memfd = -1
-    _index = 0
-    _geometry = (0, 0, 0, False, "")
-    page_size = 4096
-    """Bytes that one fault brings in."""
+    def __init__(self, size: int) -> None:
+        self._client: Client | None = None  # while the kernel knows the mapping
+        self._parent: Mapping | None = None  # of a local window: the mapping that it belongs to
+        self._region = 0
+        self._memfd = -1
+        self._index = 0
+        self._pid = os.getpid()
+        self._geometry = (0, 0, size, False, "")
+        self._lock = threading.Lock()  # protects _locals; taken before the client's lock
+        self._locals: dict[int, Mapping] = {}  # the windows of other CPUs
+        self.page_size = 4096
+        """Bytes that one fault brings in."""
 
     def _attach(self, client: Client, region: int, memfd: int, index: int, page_size: int) -> None:
         """What the kernel answered; from here on closing tells it."""
-        self._client = client
         self._region = region
         self._memfd = memfd
         self._index = index
         self.page_size = page_size
-        self._pid = os.getpid()
-        self._lock = threading.Lock()  # protects _locals; taken before the client's lock
-        self._locals: dict[int, Mapping] = {}  # the windows of other CPUs
+        self._client = client
 
     def _show(self, offset: int, delta: int, length: int, writable: bool, name: str) -> None:
         assert self._client is not None
@@ -81,7 +82,6 @@ class Mapping(_native.Window):
             window._client = self._client
             window._region = self._region
             window._index = index
-            window._pid = self._pid
             window.page_size = self.page_size
             window._geometry = self._geometry
             self._client._show(window, self._memfd, index, offset, delta, length, writable, name)
