@@ -142,7 +142,9 @@ def test_serve_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(kernel, "serve", lambda **options: seen.append(options))
     assert run("serve")[0] == 0
     assert run("serve", "--budget", "512M", "--socket", str(tmp_path / "s"), "--linger", "2.5")[0] == 0
+    assert run("serve", "--all-cpus")[0] == 0
     assert seen == [
-        {"socket": None, "budget": None, "linger": None},
-        {"socket": str(tmp_path / "s"), "budget": 512 * 2**20, "linger": 2.5},
+        {"socket": None, "budget": None, "linger": None, "all_cpus": False},
+        {"socket": str(tmp_path / "s"), "budget": 512 * 2**20, "linger": 2.5, "all_cpus": False},
+        {"socket": None, "budget": None, "linger": None, "all_cpus": True},
     ]
