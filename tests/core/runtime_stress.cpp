@@ -11,20 +11,13 @@
 #include <thread>
 #include <vector>
 
+#include "check.hpp"
 #include "runtime/processor.hpp"
 #include "runtime/translation.hpp"
 
 using namespace k42::runtime;
 
 namespace {
-
-#define CHECK(condition)                                                                  \
-    do {                                                                                  \
-        if (!(condition)) {                                                               \
-            std::fprintf(stderr, "%s:%d: %s is false\n", __FILE__, __LINE__, #condition); \
-            std::_Exit(1);                                                                \
-        }                                                                                 \
-    } while (0)
 
 std::atomic<int> objects_alive{0};
 std::atomic<int> reps_alive{0};
