@@ -115,23 +115,24 @@ void Engine::serve(int cpu) {
     bool watching = false;  // some threads may have to get their masks back
     while (!stopping_.load(std::memory_order_relaxed)) {
         const int ready = epoll_wait(server.epoll, events, kBatch, watching ? 1 : -1);
+        const uint64_t now = stick_ ? now_ns() : 0;
         for (int i = 0; i < ready; ++i) {
             if (!events[i].data.ptr) continue;
             std::lock_guard guard(server.clients_lock);
             // Removed between the wait and here? Then the pointer is stale: compare, never follow.
             auto found = std::find_if(server.clients.begin(), server.clients.end(),
                                       [&](const auto& c) { return c.get() == events[i].data.ptr; });
-            if (found != server.clients.end()) read_faults(cpu, server, **found);
+            if (found != server.clients.end()) read_faults(cpu, server, **found, now);
         }
         if (stick_ && (watching || ready > 0)) {
-            watching = server.affinity.release_idle(now_ns());
+            watching = server.affinity.release_idle(now);
             server.kept.store(server.affinity.kept(), std::memory_order_relaxed);
         }
     }
     server.affinity.release_all();
 }
 
-void Engine::read_faults(int cpu, Server& server, Client& client) {
+void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) {
     uffd_msg messages[kBatch];
     // The client can make its descriptor, and so ours, a blocking one at any time: ask not to wait at each read.
     iovec whole{messages, sizeof messages};
@@ -146,7 +147,6 @@ void Engine::read_faults(int cpu, Server& server, Client& client) {
         return;
     }
     server.passes.fetch_add(1, std::memory_order_seq_cst);
-    const uint64_t now = stick_ ? now_ns() : 0;
     uint64_t finished = 0;
     const auto count = uint64_t(size) / sizeof(uffd_msg);
     for (uint64_t i = 0; i < count; ++i) {

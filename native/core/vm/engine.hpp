@@ -92,7 +92,7 @@ class Engine {
     };
 
     void serve(int cpu);
-    void read_faults(int cpu, Server& server, Client& client);
+    void read_faults(int cpu, Server& server, Client& client, uint64_t now);
 
     const std::vector<int> cpus_;
     const bool stick_;

@@ -23,7 +23,7 @@ from k42.vm import protocol
 from k42.vm.errors import KernelUnavailable, ProtocolError, Unsupported, UserModeOnlyWarning
 from k42.vm.launch import launch
 from k42.vm.mapping import Mapping
-from k42.vm.protocol import MAX_GROUP, PAGE, Message
+from k42.vm.protocol import MAX_GROUP, PAGE, Message, pages_of
 
 _LINGER = 3.0  # seconds that an embedded kernel waits for another client
 _TRIES = 3  # a kernel found may be about to end
@@ -265,7 +265,7 @@ class Client:
     ) -> Mapping:
         first = offset // PAGE
         delta = offset - first * PAGE
-        size = -(-(delta + length) // PAGE) * PAGE
+        size = pages_of(delta + length) * PAGE
         index = self._cpu_index()
         mapping = Mapping(size)
         request |= {"op": "map", "cpu": index, "base": mapping.base, "size": size, "first": first, "group": group}

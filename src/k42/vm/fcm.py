@@ -25,7 +25,7 @@ from k42.vm.fault import Fault
 from k42.vm.fr import FileRepresentative, ZeroFR
 from k42.vm.hat import Hat
 from k42.vm.pm import Backing, GlobalPageManager, PageManager
-from k42.vm.protocol import PAGE
+from k42.vm.protocol import PAGE, pages_of
 
 
 class Outcome(enum.IntEnum):
@@ -104,7 +104,7 @@ class SharedFCM(FileCacheManager):
             self.global_pm = global_pm
             self.fr = fr
             self.backing = backing
-            self.pages = -(-fr.size() // PAGE)
+            self.pages = pages_of(fr.size())
             self.cluster = global_pm.cluster() if backing is Backing.FILE else 1
             memfd = os.memfd_create("k42:" + os.path.basename(fr.name())[:48], os.MFD_CLOEXEC)
             try:

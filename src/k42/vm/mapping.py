@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, overload
 
 from k42 import _native
 from k42.errors import Error
+from k42.vm.protocol import PAGE, pages_of
 
 if TYPE_CHECKING:
     from k42.vm.client import Client
@@ -37,7 +38,7 @@ class Mapping(_native.Window):
         self._geometry = (0, 0, size, False, "")
         self._lock = threading.Lock()  # protects _locals; taken before the client's lock
         self._locals: dict[int, Mapping] = {}  # the windows of other CPUs
-        self.page_size = 4096
+        self.page_size = PAGE
         """Bytes that one fault brings in."""
 
     def _attach(self, client: Client, region: int, memfd: int, index: int, page_size: int) -> None:
@@ -76,7 +77,7 @@ class Mapping(_native.Window):
             if index in self._locals:
                 return self._locals[index]
             offset, delta, length, writable, name = self._geometry
-            window = Mapping(-(-(delta + length) // 4096) * 4096)
+            window = Mapping(pages_of(delta + length) * PAGE)
             self._client._add_window(self._region, window.base, index)
             window._parent = self
             window._client = self._client

@@ -28,6 +28,12 @@ _MAX_REASON = 5000  # characters, each up to 12 bytes in JSON: an error quotes w
 
 Message = dict[str, Any]
 
+
+def pages_of(nbytes: int) -> int:
+    """How many pages of 4 KiB hold so many bytes."""
+    return -(-nbytes // PAGE)
+
+
 _ERRORS: dict[str, type[Exception]] = {
     "kernel": KernelUnavailable,
     "frames": OutOfFrames,
