@@ -68,39 +68,6 @@ class Request {
     runtime::Processor& processor_;
 };
 
-// Representatives may be native, of a type that derives from this base directly. All its methods are made by
-// `on_rep`, as METH_FASTCALL | METH_KEYWORDS: a C function that is called on the representative or on a reference to
-// its object. So the interpreter calls it as it calls any native method, at the lowest cost that it knows.
-extern PyTypeObject* native_rep_type;
-
-using NativeMethod = PyObject* (*)(PyObject* rep, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames);
-
-inline PyCFunction native_function(NativeMethod method) {
-    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(method));
-}
-
-// `T` has the type of the representatives and its table of methods, of which `method` is one.
-template <typename T, NativeMethod method>
-PyObject* on_rep(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
-    if (Py_TYPE(self) == T::type) return method(self, args, nargs, kwnames);
-    Request request;
-    PyObject* rep = request.rep(self);
-    if (!rep) return nullptr;
-    if (Py_TYPE(rep) == T::type) [[likely]]
-        return method(rep, args, nargs, kwnames);
-    // The root has a representative of another kind: its method of the same name.
-    const PyMethodDef* def = T::table;
-    while (def->ml_meth != native_function(on_rep<T, method>)) ++def;
-    Ref other = Ref::steal(PyObject_GetAttrString(rep, def->ml_name));
-    if (!other) return nullptr;
-    PyObject* result = PyObject_Vectorcall(other.get(), args, static_cast<size_t>(nargs), kwnames);
-    if (result == rep) {  // `return self`: to the caller, self is the reference
-        Py_DECREF(result);
-        result = Py_NewRef(self);
-    }
-    return result;
-}
-
 // Files of the reference; add_reference calls them.
 int add_method(PyObject* module);
 int add_attribute(PyObject* module);

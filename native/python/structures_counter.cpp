@@ -1,13 +1,14 @@
-// k42._native.SharedCount, AtomicCount, PackedCount and PaddedCount: the counters of the core for k42.structures.
+// k42._native.CounterRep, the interface of native counters, and the counters of the core for k42.structures:
+// SharedCount, AtomicCount, PackedCount and PaddedCount.
 //
 // The first two are the one representative of their object. The others are the shared state that a root holds;
 // their join() makes the representatives, PackedPart and PaddedPart. A call on a reference touches nothing of the
 // interpreter that threads share.
 #include <chrono>
+#include <iterator>
 #include <new>
 
-#include "arguments.hpp"
-#include "reference.hpp"
+#include "native_rep.hpp"
 #include "structures/counter.hpp"
 
 namespace k42::edge {
@@ -103,12 +104,16 @@ PyObject* set_full() {
     return nullptr;
 }
 
-// The methods of a representative of type Rep.
+// The interface.
+struct Counter {
+    static inline PyTypeObject* type = nullptr;
+    static constexpr const char* names[] = {"add", "value", "approximate", "time_adds"};
+};
+
+// Its methods on a representative of type Rep.
 template <typename Rep>
 struct Methods {
-    static inline PyTypeObject* type = nullptr;
-
-    static Rep& of(PyObject* self) { return Holder<Rep>::of(self); }
+    static Rep& of(PyObject* self) { return NativeRep<Rep>::of(self); }
 
     static PyObject* add(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
         int64_t k;
@@ -156,29 +161,42 @@ struct Methods {
         return added ? PyFloat_FromDouble(seconds.count()) : set_full();
     }
 
-    template <NativeMethod method>
-    static PyMethodDef entry(const char* name, const char* doc) {
-        return {name, native_function(on_rep<Methods, method>), METH_FASTCALL | METH_KEYWORDS, doc};
-    }
-    static inline PyMethodDef table[] = {
-        entry<add>("add", PyDoc_STR("add($self, /, k=1)\n--\n\nCount `k` more; see k42.structures.Counter.")),
-        entry<value>("value", PyDoc_STR("value($self, /)\n--\n\nReturn the count; see k42.structures.Counter.")),
-        entry<approximate>("approximate", PyDoc_STR("approximate($self, /)\n--\n\n"
-                                                    "Return about the count; see k42.structures.Counter.")),
-        entry<time_adds>("time_adds",
-                         PyDoc_STR("time_adds($self, calls, start, /)\n--\n\n"
-                                   "Wait for `start` (monotonic ns), add 1 so many times in native code; return the "
-                                   "seconds.")),
-        {nullptr, nullptr, 0, nullptr},
-    };
+    static constexpr NativeMethod table[] = {add, value, approximate, time_adds};
+    static_assert(std::size(table) == std::size(Counter::names));
 };
 
-// A count that is a representative itself, or makes them.
-template <typename Count>
-PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+template <size_t method>
+PyMethodDef entry(const char* doc) {
+    return {Counter::names[method], native_function(on_rep<Counter, method>), METH_FASTCALL | METH_KEYWORDS, doc};
+}
+
+PyMethodDef methods[] = {
+    entry<0>(PyDoc_STR("add($self, /, k=1)\n--\n\nCount `k` more; see k42.structures.Counter.")),
+    entry<1>(PyDoc_STR("value($self, /)\n--\n\nReturn the count; see k42.structures.Counter.")),
+    entry<2>(PyDoc_STR("approximate($self, /)\n--\n\nReturn about the count; see k42.structures.Counter.")),
+    entry<3>(PyDoc_STR("time_adds($self, calls, start, /)\n--\n\n"
+                       "Wait for `start` (monotonic ns), add 1 so many times in native code; return the seconds.")),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+bool to_start(PyTypeObject* type, PyObject* args, PyObject* kwargs, int64_t& start) {
     PyObject* number;
+    return unpack_new(type->tp_name, args, kwargs, number) && to_int64(number, "start", start);
+}
+
+// A count that is the representative of all processors.
+template <typename Count>
+PyObject* make_whole(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     int64_t start;
-    if (!unpack_new(type->tp_name, args, kwargs, number) || !to_int64(number, "start", start)) return nullptr;
+    if (!to_start(type, args, kwargs, start)) return nullptr;
+    return NativeRep<Count>::make(Methods<Count>::table, start);
+}
+
+// A count whose parts are the representatives.
+template <typename Count>
+PyObject* make_parts(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+    int64_t start;
+    if (!to_start(type, args, kwargs, start)) return nullptr;
     return Holder<Count>::make(type, start);
 }
 
@@ -192,53 +210,45 @@ PyObject* join(PyObject* self, PyObject*) {
     } catch (const std::bad_alloc&) {
         return PyErr_NoMemory();
     }
-    return Holder<Part<Count>>::make(Methods<Part<Count>>::type, Ref::borrow(self), &count, part);
+    return NativeRep<Part<Count>>::make(Methods<Part<Count>>::table, Ref::borrow(self), &count, part);
 }
 
 template <typename Count>
-PyMethodDef join_table[] = {
+PyObject* parts_value(PyObject* self, PyObject*) {
+    return result(Holder<Count>::of(self).value());
+}
+
+template <typename Count>
+PyMethodDef parts_methods[] = {
     {"join", join<Count>, METH_NOARGS, PyDoc_STR("join($self, /)\n--\n\nReturn a new representative, which counts 0.")},
+    {"value", parts_value<Count>, METH_NOARGS, PyDoc_STR("value($self, /)\n--\n\nReturn the start and all parts.")},
     {nullptr, nullptr, 0, nullptr},
 };
 
-template <typename T>
-PyTypeObject* add_holder(PyObject* module, const char* name, const char* doc, PyMethodDef* methods, newfunc create,
-                         PyTypeObject* base) {
-    PyType_Slot slots[] = {
-        {Py_tp_dealloc, reinterpret_cast<void*>(Holder<T>::dealloc)},
-        {Py_tp_methods, methods},
-        {Py_tp_doc, const_cast<char*>(doc)},
-        {create ? Py_tp_new : 0, reinterpret_cast<void*>(create)},
-        {0, nullptr},
-    };
-    const unsigned long flags =
-        Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | (create ? 0 : Py_TPFLAGS_DISALLOW_INSTANTIATION);
-    PyType_Spec spec = {name, sizeof(Holder<T>), 0, static_cast<unsigned>(flags), slots};
-    return add_type(module, &spec, base);
-}
-
-// A count that is the representative of all processors.
 template <typename Count>
 bool add_whole(PyObject* module, const char* name) {
-    Methods<Count>::type = add_holder<Count>(module, name, "A count that all processors share.", Methods<Count>::table,
-                                             make<Count>, native_rep_type);
-    return Methods<Count>::type;
+    return add_rep<Count>(module, name, "A count that all processors share.", Counter::type, make_whole<Count>);
 }
 
-// A count whose parts are the representatives.
 template <typename Count>
 bool add_parts(PyObject* module, const char* name, const char* part_name) {
-    using Rep = Part<Count>;
-    Methods<Rep>::type = add_holder<Rep>(module, part_name, "What one processor has counted.", Methods<Rep>::table,
-                                         nullptr, native_rep_type);
-    return Methods<Rep>::type && add_holder<Count>(module, name, "The start of a count, and its parts.",
-                                                   join_table<Count>, make<Count>, nullptr);
+    PyType_Slot slots[] = {
+        {Py_tp_dealloc, reinterpret_cast<void*>(Holder<Count>::dealloc)},
+        {Py_tp_methods, parts_methods<Count>},
+        {Py_tp_doc, const_cast<char*>("The start of a count, and its parts.")},
+        {Py_tp_new, reinterpret_cast<void*>(make_parts<Count>)},
+        {0, nullptr},
+    };
+    PyType_Spec spec = {name, sizeof(Holder<Count>), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, slots};
+    return add_type(module, &spec) &&
+           add_rep<Part<Count>>(module, part_name, "What one processor has counted.", Counter::type);
 }
 
 }  // namespace
 
 int add_counter(PyObject* module) {
-    const bool added = add_whole<SharedCount>(module, "k42._native.SharedCount") &&
+    Counter::type = add_interface(module, "k42._native.CounterRep", "The interface of native counters.", methods);
+    const bool added = Counter::type && add_whole<SharedCount>(module, "k42._native.SharedCount") &&
                        add_whole<AtomicCount>(module, "k42._native.AtomicCount") &&
                        add_parts<PackedCount>(module, "k42._native.PackedCount", "k42._native.PackedPart") &&
                        add_parts<PaddedCount>(module, "k42._native.PaddedCount", "k42._native.PaddedPart");

@@ -13,6 +13,8 @@
 
 #include "check.hpp"
 #include "runtime/processor.hpp"
+#include "runtime/quiescence.hpp"
+#include "runtime/retire.hpp"
 #include "runtime/translation.hpp"
 
 using namespace k42::runtime;
@@ -21,6 +23,7 @@ namespace {
 
 std::atomic<int> objects_alive{0};
 std::atomic<int> reps_alive{0};
+std::atomic<int> boxes_alive{0};
 std::atomic<int> releases{0};
 
 struct Rep {
@@ -257,6 +260,49 @@ void reuse() {
     CHECK(reps_alive == 0 && objects_alive == 0);
 }
 
+// What a writer unlinks and retires stays readable to the requests that may have found it, and goes when they end.
+void retirement() {
+    struct Box {
+        explicit Box(int n) : number(n) { ++boxes_alive; }
+        ~Box() {
+            number = -1;
+            --boxes_alive;
+        }
+        int number;
+    };
+    constexpr int writers = 2, readers = 3, rounds = 3000;
+    std::atomic<Box*> current{new Box(0)};
+    std::atomic<bool> done{false};
+    std::vector<std::thread> threads;
+    for (int t = 0; t < readers; ++t) {
+        threads.emplace_back([&] {
+            while (!done) {
+                Processor& p = k42::runtime::current();
+                enter(p);
+                Box* box = current.load(std::memory_order_seq_cst);
+                CHECK(box->number >= 0);
+                std::this_thread::yield();
+                CHECK(box->number >= 0);
+                if (leave(p)) collect();
+            }
+        });
+    }
+    std::vector<std::thread> changers;
+    for (int t = 0; t < writers; ++t) {
+        changers.emplace_back([&] {
+            for (int i = 1; i <= rounds; ++i) retire(current.exchange(new Box(i), std::memory_order_seq_cst));
+            synchronize();
+            flush();
+            while (retired() != 0) flush();  // readers' requests are short
+        });
+    }
+    for (std::thread& thread : changers) thread.join();
+    done = true;
+    for (std::thread& thread : threads) thread.join();
+    CHECK(boxes_alive == 1);
+    delete current.load();
+}
+
 }  // namespace
 
 int main() {
@@ -266,6 +312,7 @@ int main() {
     later_requests_do_not_delay();
     races();
     reuse();
+    retirement();
     many_processors();
     CHECK(reps_alive == 0 && objects_alive == 0);
     std::puts("ok");

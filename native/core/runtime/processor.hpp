@@ -17,6 +17,8 @@ namespace k42::runtime {
 // Two lines, because the prefetcher of x86 fetches lines in pairs: neighbours must not share a pair.
 inline constexpr std::size_t apart = 128;
 
+struct Limbo;
+
 struct alignas(apart) Processor {
     // Written by the owner alone, at each request; read by marks of quiescence.
     std::atomic<std::uint64_t> requests{0};  // odd: inside a request; each outermost call adds two
@@ -25,7 +27,8 @@ struct alignas(apart) Processor {
     std::uint32_t id = 0;
     Table<std::atomic<void*>> local;  // the Local Translation Table; an empty entry is a null pointer
 
-    Index free = 0;  // the owner's LIFO list of free entries of its ranges, linked by Entry::next; 0 ends it
+    Limbo* limbo = nullptr;  // what the owner has retired (retire.hpp)
+    Index free = 0;          // the owner's LIFO list of free entries of its ranges, linked by Entry::next; 0 ends it
     // What others freed for us: they push, the owner takes all at once (so the list has no ABA problem).
     alignas(apart) std::atomic<Index> returned{0};
 };

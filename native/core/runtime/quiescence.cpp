@@ -1,5 +1,8 @@
 #include "runtime/quiescence.hpp"
 
+#include <chrono>
+#include <thread>
+
 namespace k42::runtime {
 
 Mark Mark::take() {
@@ -20,6 +23,12 @@ Mark Mark::take(const Processor& p) {
     return mark;
 }
 
+Mark Mark::take_of_others() {
+    Mark mark = take();
+    std::erase_if(mark.waiting_, [](auto& w) { return w.first == current_or_null(); });
+    return mark;
+}
+
 bool Mark::elapsed() {
     // Acquire: what those requests did happens before what the caller frees.
     std::erase_if(waiting_, [](auto& w) { return w.first->requests.load(std::memory_order_acquire) != w.second; });
@@ -28,6 +37,18 @@ bool Mark::elapsed() {
 
 void Mark::watch() {
     for (auto& [p, requests] : waiting_) p->watched.store(true, std::memory_order_relaxed);
+}
+
+void synchronize() {
+    Mark mark = Mark::take_of_others();
+    // Requests are short; those that are not leave the CPU to others.
+    for (int turn = 0; !mark.elapsed(); ++turn) {
+        if (turn < 16) {
+            std::this_thread::yield();
+        } else {
+            std::this_thread::sleep_for(std::chrono::microseconds(50));
+        }
+    }
 }
 
 }  // namespace k42::runtime

@@ -17,6 +17,8 @@ class Mark {
   public:
     // A mark that waits for the requests that run now, on all processors.
     static Mark take();
+    // The same, but for the caller's own.
+    static Mark take_of_others();
     // A mark that waits for the request that runs on `p`, if one does; of the caller's own processor.
     static Mark take(const Processor& p);
 
@@ -28,5 +30,8 @@ class Mark {
   private:
     std::vector<std::pair<Processor*, std::uint64_t>> waiting_;
 };
+
+// Returns when every request that runs now on another processor has ended. Never waits for the caller's own.
+void synchronize();
 
 }  // namespace k42::runtime

@@ -3,8 +3,9 @@
 It has a native descriptor for each method of the class, which swaps `self` for the local representative, and
 for each other attribute of the class one that reads it there. Methods are taken as they are at that moment.
 
-Where a class has taken a method of a native representative over (`add = _native.PaddedPart.add`), the reference type
-gets that C function itself, which finds the representative: the cheapest call that the interpreter has.
+Where a class has taken the methods of an interface of native representatives over (`add = _native.CounterRep.add`),
+the reference type gets that C function itself, which finds the representative: the cheapest call that the interpreter
+has; and it gets the interface's slots.
 """
 
 from __future__ import annotations
@@ -70,10 +71,14 @@ def _generate(cls: type, base: type) -> type:
         "__class__": property(lambda _: cls),
     }
     made = type(cls.__name__, (_native.Reference,), namespace)
+    interfaces = set()
     for name, value in attributes.items():
-        # A method of native representatives is one of the references, too: the interpreter's own descriptor.
+        # A method of an interface is one of the references, too: the interpreter's own descriptor.
         if isinstance(value, MethodDescriptorType) and issubclass(value.__objclass__, _native.NativeRep):
             setattr(made, name, _native.native_method(made, value))
+            interfaces.add(value.__objclass__)
+    for interface in interfaces:
+        _native.native_slots(made, interface)
     return made
 
 

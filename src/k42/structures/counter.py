@@ -23,11 +23,11 @@ plain Python what they do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Self, TypeVar, cast, final
+from typing import Self, cast, final
 
 from k42 import _native
 from k42.objects import DistributedRoot, Object, SharedRoot
+from k42.structures._native_rep import represented_by
 
 
 class Counter(Object):
@@ -106,22 +106,8 @@ class Counter(Object):
         raise NotImplementedError(f"{type(self).__qualname__} must define approximate()")
 
 
-_C = TypeVar("_C", bound=type[Counter])
-
-
-def _represented_by(native: type) -> Callable[[_C], _C]:
-    """Let the methods of a counter be those of its native representatives."""
-
-    def implement(cls: _C) -> _C:
-        for name in ("add", "value", "approximate"):
-            setattr(cls, name, getattr(native, name))
-        return cls
-
-    return implement
-
-
 @final
-@_represented_by(_native.SharedCount)
+@represented_by(_native.CounterRep)
 class SharedCounter(Counter):
     """One count under a lock: the topmost curve of figure 1. `value()` is a snapshot."""
 
@@ -139,7 +125,7 @@ class SharedCounter(Counter):
 
 
 @final
-@_represented_by(_native.AtomicCount)
+@represented_by(_native.CounterRep)
 class AtomicCounter(Counter):
     """One count that is changed atomically: the second curve of figure 1. `value()` is a snapshot."""
 
@@ -157,7 +143,7 @@ class AtomicCounter(Counter):
 
 
 @final
-@_represented_by(_native.PackedPart)
+@represented_by(_native.CounterRep)
 class PackedCounter(Counter):
     """A part of the count for each processor, side by side in an array: the third curve of figure 1.
 
@@ -178,7 +164,7 @@ class PackedCounter(Counter):
 
 
 @final
-@_represented_by(_native.PaddedPart)
+@represented_by(_native.CounterRep)
 class DistributedCounter(Counter):
     """A part of the count for each processor, on cache lines of its own: the flat curve of figure 1."""
 
