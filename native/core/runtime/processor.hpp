@@ -12,6 +12,10 @@
 #include "runtime/fence.hpp"
 #include "runtime/table.hpp"
 
+namespace k42::alloc {
+class Pool;
+}
+
 namespace k42::runtime {
 
 // Two lines, because the prefetcher of x86 fetches lines in pairs: neighbours must not share a pair.
@@ -25,7 +29,8 @@ struct alignas(apart) Processor {
     std::atomic<bool> watched{false};        // a deferred destruction waits for the request that runs now
     std::uint32_t depth = 0;                 // calls on references that the owner is inside of
     std::uint32_t id = 0;
-    Table<std::atomic<void*>> local;  // the Local Translation Table; an empty entry is a null pointer
+    Table<std::atomic<void*>> local;          // the Local Translation Table; an empty entry is a null pointer
+    std::atomic<alloc::Pool*> pool{nullptr};  // the allocator's, which sets it when the owner first allocates
 
     Limbo* limbo = nullptr;  // what the owner has retired (retire.hpp)
     Index free = 0;          // the owner's LIFO list of free entries of its ranges, linked by Entry::next; 0 ends it

@@ -26,6 +26,7 @@
 #include <optional>
 #include <utility>
 
+#include "alloc/allocator.hpp"
 #include "runtime/processor.hpp"
 
 namespace k42 {
@@ -119,14 +120,14 @@ class PerProcessorCount {
     PerProcessorCount& operator=(const PerProcessorCount&) = delete;
     ~PerProcessorCount() {
         Block* block = blocks_.load(std::memory_order_relaxed);
-        while (block) delete std::exchange(block, block->next);
+        while (block) alloc::destroy(std::exchange(block, block->next));
     }
 
     // A new part, for the processor of the caller: made by the thread that will use it, so that its memory is near.
     Part& join() {
         std::lock_guard guard(lock_);
         if (joined_ % Together == 0) {
-            auto* block = new Block();
+            auto* block = alloc::make<Block, alloc::Kind::padded>();
             block->next = blocks_.load(std::memory_order_relaxed);
             blocks_.store(block, std::memory_order_release);  // complete for whoever gathers
         }
