@@ -50,7 +50,7 @@ PyObject* stop(PyObject* self, PyObject*) {
     bool stopped;
     {
         Detached detached;
-        stopped = region_of(self).gate.stop();
+        stopped = region_of(self).gate.stop() == SharedGate::Stop::stopped;
     }
     return PyBool_FromLong(stopped);
 }

@@ -184,11 +184,11 @@ bool Engine::handle(const FaultAt& fault) {
     }
     Region& region = *entry->value;
     switch (region.gate.try_enter()) {
-        case Gate::Entry::entered:
+        case SharedGate::Entry::entered:
             break;
-        case Gate::Entry::stopped:
+        case SharedGate::Entry::stopped:
             return false;
-        case Gate::Entry::rejected:
+        case SharedGate::Entry::rejected:
             fault.hat->fail(fault.cpu, fault.address, kPageSize, "its region was being unmapped");
             return true;
     }

@@ -22,7 +22,7 @@
 namespace k42::vm {
 
 struct Region;
-using RegionMap = IntervalMap<Region*>;  // what a Process owns: canonical address to Region
+using RegionMap = SharedIntervalMap<Region*>;  // what a Process owns: canonical address to Region
 
 class Hat {
   public:
@@ -66,7 +66,7 @@ class Hat {
   private:
     const uint64_t id_;
     RegionMap* const regions_;
-    std::vector<IntervalMap<uint64_t>> windows_;  // per CPU: window address to canonical address
+    std::vector<SharedIntervalMap<uint64_t>> windows_;  // per CPU: window address to canonical address
     std::atomic<uint32_t> references_{1};
 };
 
