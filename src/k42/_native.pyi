@@ -54,6 +54,33 @@ class PaddedCount:
     def join(self) -> PaddedPart: ...
     def value(self) -> int: ...
 
+# --- The allocator: alloc.cpp
+
+class Block:
+    def __new__(cls, size: int, padded: bool, /) -> Block: ...
+    def free(self) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+class AllocatorUsage(TypedDict):
+    processor: int
+    size: int
+    allocated: int
+    freed: int
+    sent: int
+    returned: int
+    held: int
+
+class AllocatorStat(TypedDict):
+    usage: list[AllocatorUsage]
+    waiting: int
+    reserved: int
+
+def allocator_stat() -> AllocatorStat: ...
+def allocator_settle() -> None: ...
+
 # --- The virtual memory system (Linux only): vm_*.cpp
 
 class RegionMap:

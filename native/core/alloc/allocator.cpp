@@ -42,17 +42,18 @@ void append(std::vector<Usage>& usage, const Pool& pool) {
 
 }  // namespace
 
-Pool& detail::make_pool(runtime::Processor& here) {
-    auto* made = new Pool(here.id);  // never destroyed, like the processor
+Pool* detail::make_pool(runtime::Processor& here) noexcept {
+    auto* made = new (std::nothrow) Pool(here.id);  // never destroyed, like the processor
     here.pool.store(made, std::memory_order_release);
-    return *made;
+    return made;
 }
 
 // The block is another processor's, or large.
 void detail::deallocate_elsewhere(void* p, Slab& slab) noexcept {
-    runtime::Processor* here = runtime::current_or_null();
-    Pool* pool = here ? here->pool.load(std::memory_order_relaxed) : nullptr;
     // Freeing takes no processor: a thread may free after it has given its own back, at its very end.
+    runtime::Processor* here = runtime::current_or_null();
+    Pool* pool = pool_or_null();
+    if (here && !pool) pool = make_pool(*here);
     if (!slab.home) return Pool::deallocate_large(slab, pool);
     poison(p, class_size(slab.size_class));
     if (pool) {

@@ -19,7 +19,7 @@
 namespace k42::alloc {
 
 namespace detail {
-Pool& make_pool(runtime::Processor& here);
+Pool* make_pool(runtime::Processor& here) noexcept;  // nullptr: no memory
 void deallocate_elsewhere(void* p, Slab& slab) noexcept;
 
 inline Pool* pool_or_null() {
@@ -31,7 +31,9 @@ inline Pool* pool_or_null() {
 inline Pool& pool() {
     runtime::Processor& here = runtime::current();
     Pool* pool = here.pool.load(std::memory_order_relaxed);
-    return pool ? *pool : make_pool(here);
+    if (!pool) [[unlikely]]
+        if (!(pool = make_pool(here))) throw std::bad_alloc();
+    return *pool;
 }
 }  // namespace detail
 
@@ -91,7 +93,7 @@ void settle() noexcept;
 // What one processor did with blocks of one size.
 struct Usage {
     std::uint32_t processor;
-    std::size_t size;         // of a block, in bytes; 0: larger than any class, in pages of their own
+    std::size_t size;         // of a block in bytes, both kinds; 0: larger than any class, in pages of their own
     std::uint64_t allocated;  // blocks
     std::uint64_t freed;      // of its own
     // Of other processors'. What threads without a processor freed counts here for the processor that it belongs to.

@@ -94,8 +94,10 @@ class alignas(runtime::apart) Pool {
     Pool* next_lost = nullptr;
 
   private:
-    // Blocks of one home that wait for a batch. Most processors free for few others: so a home has the place of its
-    // id modulo the number of places, and whoever comes to a place that is taken sends off what is there.
+    // Blocks of one home that wait for a batch: so the home's line, which all who free for it change, is taken once a
+    // batch. Most processors free for few others: a home has the place of its id modulo the number of places, and
+    // whoever comes to a place that is taken sends off what is there. Less than a batch waits for the owner's next
+    // free for that home, or for `settle`.
     struct Outbox {
         Pool* home = nullptr;
         Block* first = nullptr;

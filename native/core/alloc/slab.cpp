@@ -51,13 +51,13 @@ struct Depot {
         static Depot* depot = new Depot();  // never destroyed, like the processors
         return *depot;
     }
-
-  private:
-    Depot() {
-        pthread_atfork([] { instance().lock.lock(); }, [] { instance().lock.unlock(); },
-                       [] { instance().lock.unlock(); });
-    }
 };
+
+// Before main, so before all others who do so: the last of their locks to be taken before a fork is ours then, as it
+// must be, for they may allocate under theirs.
+[[maybe_unused]] const int registered =
+    pthread_atfork([] { Depot::instance().lock.lock(); }, [] { Depot::instance().lock.unlock(); },
+                   [] { Depot::instance().lock.unlock(); });
 
 }  // namespace
 
