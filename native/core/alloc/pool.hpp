@@ -118,8 +118,8 @@ class alignas(runtime::apart) Pool {
 
     static constexpr std::uint64_t most_waiting = 4;
 
-    const std::uint32_t processor_;
-    std::array<Bin, class_count + 1> bins_;
+    const std::uint32_t processor_;  // read by those who free for it: not beside what the owner changes
+    alignas(runtime::apart) std::array<Bin, class_count + 1> bins_;
     std::array<Slab*, class_count> giving_{};  // slabs with blocks to give; those that were full last come first
     std::array<Outbox, 8> outboxes_{};
     std::array<Slab*, most_waiting> empty_{};
