@@ -10,8 +10,9 @@
 #include <algorithm>
 #include <bit>
 #include <cstddef>
-#include <memory>
 #include <new>
+
+#include "alloc/allocator.hpp"
 
 namespace k42 {
 
@@ -163,13 +164,14 @@ class HashTable {
         *end = at(last);
         --buckets_;
         if (buckets_ <= (mask_ >> 1) + 1) mask_ >>= 1;
-        if (const size_t segment = segment_of(last); last == start(segment)) delete[] segments_[segment];
+        if (const size_t segment = segment_of(last); last == start(segment)) alloc::deallocate(segments_[segment]);
     }
 
     // From one chain to the first segment.
     void spread() noexcept {
-        auto** segment = new (std::nothrow) Node*[first]();
+        auto** segment = pointers<Node*>(first);
         if (!segment) return;
+        std::fill_n(segment, first, nullptr);
         Node* node = only_;
         only_ = nullptr;
         segment_ = segment;
@@ -187,24 +189,36 @@ class HashTable {
     // The segment after those in use; its buckets are written when they are split off.
     bool add_segment() noexcept {
         const size_t segment = segment_of(buckets_);
-        std::unique_ptr<Node*[]> added(new (std::nothrow) Node*[capacity(segment) - start(segment)]);
-        auto*** directory = new (std::nothrow) Node**[segment + 1];
+        auto** added = pointers<Node*>(capacity(segment) - start(segment));
+        auto*** directory = pointers<Node**>(segment + 1);
         if (!added || !directory) {
-            delete[] directory;
+            alloc::deallocate(added);
+            alloc::deallocate(directory);
             return false;
         }
         std::copy_n(segments_, segment, directory);
-        directory[segment] = added.release();
-        if (segments_ != &segment_) delete[] segments_;
+        directory[segment] = added;
+        if (segments_ != &segment_) alloc::deallocate(segments_);
         segments_ = directory;
         return true;
     }
 
+    // From the processor that uses the table: what is local to it shares no line with another's.
+    template <typename Pointer>
+    static Pointer* pointers(size_t count) noexcept {
+        try {
+            return static_cast<Pointer*>(alloc::allocate(count * sizeof(Pointer)));
+        } catch (const std::bad_alloc&) {
+            return nullptr;
+        }
+    }
+
     void forget() noexcept {
         if (buckets_ > 1) {
-            for (size_t segment = 0; segment <= segment_of(buckets_ - 1); ++segment) delete[] segments_[segment];
+            for (size_t segment = 0; segment <= segment_of(buckets_ - 1); ++segment)
+                alloc::deallocate(segments_[segment]);
         }
-        if (segments_ != &segment_) delete[] segments_;
+        if (segments_ != &segment_) alloc::deallocate(segments_);
         segments_ = &segment_;
         segment_ = &only_;
         only_ = nullptr;

@@ -28,6 +28,7 @@
 //                              code of others, and then is open() until settle() has asked it (false: fail)
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <memory>
@@ -139,7 +140,7 @@ class Map {
 
     // Takes out any entry, with key and value: one of them whenever there is one all the time. nullptr: none.
     // `start` spreads the callers over the partitions.
-    std::unique_ptr<Entry> remove_any(size_t start) {
+    Taken<Entry> remove_any(size_t start) {
         for (size_t i = 0; i < master_.partitions(); ++i) {
             Partition* partition = master_.partition((start + i) & (master_.partitions() - 1));
             if (!partition || partition->size() == 0) continue;
@@ -216,16 +217,17 @@ class Map {
     // Everything is gone, at one moment.
     void empty() {
         Changed changed(policy_);
-        std::vector<std::unique_ptr<Guard>> guards;
-        guards.reserve(master_.partitions());
         std::vector<Partition*> partitions;
         partitions.reserve(master_.partitions());
-        size_t replicas = 0;
         for (size_t i = 0; i < master_.partitions(); ++i) {
-            Partition* partition = master_.partition(i);
-            if (!partition) continue;
+            if (Partition* partition = master_.partition(i)) partitions.push_back(partition);
+        }
+        std::sort(partitions.begin(), partitions.end());  // the order of their locks
+        std::vector<std::unique_ptr<Guard>> guards;
+        guards.reserve(partitions.size());
+        size_t replicas = 0;
+        for (Partition* partition : partitions) {
             guards.push_back(std::make_unique<Guard>(partition->lock));
-            partitions.push_back(partition);
             replicas += partition->replicas();
         }
         changed.replicas.reserve(replicas);
@@ -297,7 +299,7 @@ class Map {
             });
             if (value) policy.drop_value(value);
             while (entries) {
-                std::unique_ptr<Entry> entry(std::exchange(entries, entries->next));
+                Taken<Entry> entry(std::exchange(entries, entries->next));
                 policy.drop(entry->key);
                 policy.drop_value(entry->value);
             }
@@ -339,7 +341,7 @@ class Map {
         Partition* partition = master_.find(probe.hash());
         if (!partition) return {Status::absent};
         Result result{Status::failed};
-        typename Local::Joined joined{.replica = nullptr, .took_word = false};
+        typename Local::Joined joined{.took_word = false};
         uintptr_t drawn = replica::empty;
         locate(*partition, probe, [&](Entry* entry) {
             result = {entry ? Status::found : Status::absent, entry ? entry->value : nullptr};
@@ -356,19 +358,20 @@ class Map {
             if (joined.took_word && !copies) policy_.hold_value(entry->value);
             if (joined.took_key) policy_.hold(entry->key);
         });
-        if (joined.gave) policy_.drop(*joined.gave);
-        if (joined.took_key && !joined.gave) drop(local->sweep());
+        // From here on the replica may be emptied, and so swept out by a call within this one.
         if (joined.took_word && drawn != replica::empty) {
             void* copy = policy_.copy(result.value);
-            if (copy && !Local::fill(*joined.replica, drawn, copy)) policy_.drop_value(copy);
+            if (copy && !local->fill(probe.hash(), drawn, copy)) policy_.drop_value(copy);
         }
+        if (joined.gave) policy_.drop(*joined.gave);
+        if (joined.took_key && !joined.gave) drop(local->sweep());
         return result;
     }
 
     // What the owner has taken out of its own table.
     void drop(Replica* replicas) {
         while (replicas) {
-            std::unique_ptr<Replica> r(std::exchange(replicas, replicas->next));
+            Taken<Replica> r(std::exchange(replicas, replicas->next));
             policy_.drop(r->key);
             const uintptr_t word = r->value.load(std::memory_order_relaxed);
             if (replica::holds_value(word)) policy_.drop_value(reinterpret_cast<void*>(word));

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "alloc/allocator.hpp"
 #include "runtime/processor.hpp"
 #include "structures/hash_table.hpp"
 #include "structures/making.hpp"
@@ -36,23 +37,30 @@ inline bool holds_value(uintptr_t word) { return word != empty && !(word & 1); }
 
 template <typename Key>
 struct MapReplica {
+    MapReplica(size_t h, Key k, uint32_t p) : hash(h), key(k), processor(p) {}
+
     MapReplica* next = nullptr;     // in the local table
     MapReplica* sibling = nullptr;  // in the entry's list; by whoever holds the lock of its partition
-    size_t hash;
+    const size_t hash;
     Key key;
     std::atomic<uintptr_t> value{replica::empty};
-    uint32_t processor;
+    const uint32_t processor;
 };
 
 template <typename Key>
 struct MapEntry {
+    MapEntry(size_t h, Key k, void* v) : hash(h), key(k), value(v) {}
+
     MapEntry* next = nullptr;
-    size_t hash;
-    Key key;
+    const size_t hash;
+    const Key key;
     void* value;
     MapReplica<Key>* replicas = nullptr;
     size_t replica_count = 0;
 };
+
+template <typename Node>
+using Taken = std::unique_ptr<Node, alloc::Deleter>;
 
 struct HashOfNode {
     size_t operator()(const auto& node) const { return node.hash; }
@@ -108,11 +116,11 @@ class alignas(runtime::apart) MapPartition {
     MapPartition(const MapPartition&) = delete;
     MapPartition& operator=(const MapPartition&) = delete;
     ~MapPartition() {
-        for (Entry* entry = entries_.take_all(); entry;) delete std::exchange(entry, entry->next);
+        for (Entry* entry = entries_.take_all(); entry;) alloc::destroy(std::exchange(entry, entry->next));
     }
 
-    // Protects the entries, their lists of replicas, and `makers`. Taken before nothing but the locks of later
-    // partitions (to empty all); no code of others runs under it.
+    // Protects the entries, their lists of replicas, and `makers`. Order: partitions by
+    // address (who empties a map holds all of its); then the allocator's. No code of others runs under it.
     mutable std::mutex lock;
     std::vector<Maker> makers;
 
@@ -128,7 +136,7 @@ class alignas(runtime::apart) MapPartition {
     }
 
     Entry& insert(size_t hash, Key key, void* value) {
-        auto* entry = new Entry{.hash = hash, .key = key, .value = value};
+        auto* entry = alloc::make<Entry>(hash, key, value);
         entries_.insert(entry);
         count();
         return *entry;
@@ -160,12 +168,12 @@ class alignas(runtime::apart) MapPartition {
     }
 
     // Takes out the entry, which is then the caller's, with its key and value.
-    std::unique_ptr<Entry> remove(Entry& entry, Displaced& displaced) {
+    Taken<Entry> remove(Entry& entry, Displaced& displaced) {
         invalidate(entry, displaced);
         entries_.remove(&entry);
         entry.next = nullptr;
         count();
-        return std::unique_ptr<Entry>(&entry);
+        return Taken<Entry>(&entry);
     }
 
     // Any entry, or nullptr.
@@ -229,7 +237,7 @@ class alignas(runtime::apart) MapLocal {
     MapLocal(const MapLocal&) = delete;
     MapLocal& operator=(const MapLocal&) = delete;
     ~MapLocal() {
-        for (Replica* r = replicas_.take_all(); r;) delete std::exchange(r, r->next);
+        for (Replica* r = replicas_.take_all(); r;) alloc::destroy(std::exchange(r, r->next));
     }
 
     uint32_t processor() const { return processor_; }
@@ -246,10 +254,9 @@ class alignas(runtime::apart) MapLocal {
         return found ? reinterpret_cast<void*>(word) : nullptr;
     }
 
-    // What `join` did with keys, which are counted by the caller.
+    // What `join` did with words and keys, which are counted by the caller.
     struct Joined {
-        Replica* replica;
-        bool took_word = true;
+        bool took_word = true;      // it has the word that it was given
         bool took_key = false;      // it has the entry's key now
         std::optional<Key> gave{};  // and no longer this one
     };
@@ -268,25 +275,28 @@ class alignas(runtime::apart) MapLocal {
             // Else a number that was drawn before, perhaps by a call that this one interrupts: ours is newer.
             const bool has_value = replica::holds_value(found->value.load(std::memory_order_relaxed));
             if (!has_value) found->value.store(word, std::memory_order_seq_cst);
-            return {.replica = found, .took_word = !has_value};
+            return {.took_word = !has_value};
         }
-        Joined joined{.replica = unused, .took_key = true};
+        Joined joined{.took_key = true};
         if (unused) {
             joined.gave = std::exchange(unused->key, entry.key);
         } else {
-            joined.replica = new Replica{.hash = entry.hash, .key = entry.key, .processor = processor_};
-            replicas_.insert(joined.replica);
+            unused = alloc::make<Replica>(entry.hash, entry.key, processor_);
+            replicas_.insert(unused);
         }
-        partition.enter(entry, *joined.replica, word);
+        partition.enter(entry, *unused, word);
         return joined;
     }
 
     // A number for a replica whose value is not made yet.
     uintptr_t draw() { return drawn_ += 2; }
 
-    // The value for the number that was drawn; false when a writer came first.
-    static bool fill(Replica& r, uintptr_t drawn, void* value) {
-        return r.value.compare_exchange_strong(drawn, reinterpret_cast<uintptr_t>(value), std::memory_order_seq_cst);
+    // The value for the number that was drawn; false when a writer came first, and the replica may be gone.
+    bool fill(size_t hash, uintptr_t drawn, void* value) {
+        Replica* found =
+            replicas_.find(hash, [&](const Replica& r) { return r.value.load(std::memory_order_relaxed) == drawn; });
+        return found && found->value.compare_exchange_strong(drawn, reinterpret_cast<uintptr_t>(value),
+                                                             std::memory_order_seq_cst);
     }
 
     // Takes replicas without a value out of the next bucket; linked by next, they are the caller's.
@@ -328,11 +338,11 @@ class MapMaster {
     MapMaster& operator=(const MapMaster&) = delete;
     ~MapMaster() {
         if (Slot* slots = slots_.load(std::memory_order_relaxed)) {
-            for (size_t i = 0; i <= mask_; ++i) delete slots[i].load(std::memory_order_relaxed);
+            for (size_t i = 0; i <= mask_; ++i) alloc::destroy(slots[i].load(std::memory_order_relaxed));
             delete[] slots;
         }
         Local* local = locals_.load(std::memory_order_relaxed);
-        while (local) delete std::exchange(local, local->next_);
+        while (local) alloc::destroy(std::exchange(local, local->next_));
     }
 
     // Where a key of this hash is, if anywhere; nullptr while nothing was ever there.
@@ -349,7 +359,7 @@ class MapMaster {
         Slot& slot = slots[index(hash)];
         Partition* partition = slot.load(std::memory_order_acquire);
         if (!partition) {
-            auto made = std::make_unique<Partition>();
+            Taken<Partition> made(alloc::make<Partition, alloc::Kind::padded>());
             if (slot.compare_exchange_strong(partition, made.get())) partition = made.release();
         }
         return *partition;
@@ -373,7 +383,7 @@ class MapMaster {
 
     // A local table for that processor: made by its owner, in memory near to it. It lives as long as the map.
     Local& join(uint32_t processor) {
-        auto* local = new Local(processor);
+        auto* local = alloc::make<Local, alloc::Kind::padded>(processor);
         local->next_ = locals_.load(std::memory_order_relaxed);
         while (!locals_.compare_exchange_weak(local->next_, local, std::memory_order_release)) {
         }
