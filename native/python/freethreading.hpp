@@ -1,6 +1,8 @@
 // What differs between Python with and without a GIL, and between versions, in one place.
 #pragma once
 
+#include <atomic>
+
 #include "edge.hpp"
 
 namespace k42::edge {
@@ -9,14 +11,13 @@ namespace k42::edge {
 // the object is never written: calls through one handle then take longer on two threads than on one. So what
 // every call passes through (the handle, its descriptors, the functions that they lead to) is not counted.
 //
-// 3.13 has deferred counts only inside of the interpreter; a count above 32 bits makes an object immortal
-// (object.h, Py_SET_REFCNT), but only its owning thread may do that: from any other it would race with the
-// owner's plain increments. An immortal object leaks, and the garbage collector skips it. From 3.14 on
-// deferral is public: the interpreter's own references are not counted, and the object is collected. With a
-// GIL counts are local to whoever runs, and nothing is done.
+// From 3.14 on deferral is public: the interpreter's own references are not counted, and the object is collected. 3.13
+// has it only inside of the interpreter; there a count above 32 bits makes an object immortal (object.h,
+// Py_SET_REFCNT): it leaks, and the garbage collector skips it. With a GIL counts are local to whoever runs, and
+// nothing is done.
 
-// For what lives as long as the program: a descriptor, a function. Call it on the thread that made `o`, at
-// once.
+// For what lives as long as the program: a descriptor, a function. Call it on the thread that made `o`, at once: from
+// any other it would race with the owner's plain increments.
 inline void share_forever([[maybe_unused]] PyObject* o) {
 #ifdef Py_GIL_DISABLED
 #if PY_VERSION_HEX >= 0x030F0000
@@ -30,12 +31,35 @@ inline void share_forever([[maybe_unused]] PyObject* o) {
 #endif
 }
 
-// For what may come and go: a handle.
-inline void share([[maybe_unused]] PyObject* o) {
-#if defined(Py_GIL_DISABLED) && PY_VERSION_HEX >= 0x030E0000
+#if defined(Py_GIL_DISABLED) && PY_VERSION_HEX < 0x030E0000
+// How many handles 3.13 may make immortal in the life of the process: 64 bytes each stay for ever, 4 MiB in all. Those
+// after them are counted, and scale like any shared object of Python's.
+inline constexpr int most_immortal_handles = 1 << 16;
+inline std::atomic<int> immortal_handles{0};
+#endif
+
+// For what may come and go, a handle: just made, and not yet known to anybody else.
+inline void prepare_to_share([[maybe_unused]] PyObject* o) {
+#ifdef Py_GIL_DISABLED
+#if PY_VERSION_HEX >= 0x030E0000
     PyUnstable_Object_EnableDeferredRefcount(o);
 #else
-    share_forever(o);
+    // Owned by no thread: all count it atomically, so that any of them can make it immortal.
+    o->ob_tid = 0;
+    o->ob_ref_local = 0;
+    o->ob_ref_shared = (Py_ssize_t{1} << _Py_REF_SHARED_SHIFT) | 0x3;  // one reference, merged
+#endif
+#endif
+}
+
+// A second processor has begun to use the handle.
+inline void share([[maybe_unused]] PyObject* o) {
+#if defined(Py_GIL_DISABLED) && PY_VERSION_HEX < 0x030E0000
+    if (immortal_handles.load(std::memory_order_relaxed) >= most_immortal_handles) return;
+    if (_Py_atomic_load_uint32_relaxed(&o->ob_ref_local) == _Py_IMMORTAL_REFCNT_LOCAL) return;
+    immortal_handles.fetch_add(1, std::memory_order_relaxed);
+    // Counts that others drop from now on are not dropped: it only lives longer.
+    _Py_atomic_store_uint32_relaxed(&o->ob_ref_local, _Py_IMMORTAL_REFCNT_LOCAL);
 #endif
 }
 

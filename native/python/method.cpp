@@ -5,8 +5,8 @@
 // type's cache, makes no bound method, and calls it with the reference as the first argument.
 #include <algorithm>
 
+#include "anchor.hpp"
 #include "freethreading.hpp"
-#include "reference.hpp"
 
 namespace k42::edge {
 
@@ -17,6 +17,7 @@ struct MethodObject {
     PyTypeObject* rep_type;  // the class that the reference type was generated from
     PyObject* function;      // what the name means in that class
     PyObject* name;          // for representatives of other types
+    PyObject* suspended;     // of a generator or coroutine: makes what the caller gets of it and its hold; or nullptr
     bool direct;             // `function` is a Python function: instances of exactly rep_type call it
 };
 
@@ -53,6 +54,12 @@ PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t nargsf, P
             } else {
                 result = PyObject_VectorcallMethod(self->name, copy + 1, count, kwnames);
             }
+            if (self->suspended && result) {
+                Ref inner = Ref::steal(result);
+                Ref hold = Ref::steal(make_hold(request, args[0], self->name));
+                PyObject* both[] = {inner.get(), hold.get()};
+                result = hold ? PyObject_Vectorcall(self->suspended, both, 2, nullptr) : nullptr;
+            }
             if (result == rep) {  // `return self`: to the caller, self is the reference
                 Py_DECREF(result);
                 result = Py_NewRef(args[0]);
@@ -69,10 +76,10 @@ PyObject* descr_get(PyObject* self, PyObject* obj, PyObject*) {
 }
 
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-    static const char* names[] = {"name", "function", "rep_type", nullptr};
-    PyObject *name, *function, *rep_type;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "UOO!:Method", const_cast<char**>(names), &name, &function,
-                                     &PyType_Type, &rep_type))
+    static const char* names[] = {"name", "function", "rep_type", "suspended", nullptr};
+    PyObject *name, *function, *rep_type, *suspended;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "UOO!O:Method", const_cast<char**>(names), &name, &function,
+                                     &PyType_Type, &rep_type, &suspended))
         return nullptr;
     PyObject* o = type->tp_alloc(type, 0);
     if (!o) return nullptr;
@@ -81,6 +88,7 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     self->rep_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(rep_type));
     self->function = Py_NewRef(function);
     self->name = Py_NewRef(name);
+    self->suspended = suspended == Py_None ? nullptr : Py_NewRef(suspended);
     self->direct = PyFunction_Check(function);
     if (self->direct) share_forever(function);
     share_forever(o);
@@ -91,12 +99,14 @@ int traverse(PyObject* o, visitproc visit, void* arg) {
     Py_VISIT(Py_TYPE(o));
     Py_VISIT(cast(o)->rep_type);
     Py_VISIT(cast(o)->function);
+    Py_VISIT(cast(o)->suspended);
     return 0;
 }
 
 int clear(PyObject* o) {
     cast(o)->direct = false;
     Py_CLEAR(cast(o)->function);
+    Py_CLEAR(cast(o)->suspended);
     Py_CLEAR(cast(o)->rep_type);
     return 0;
 }

@@ -5,6 +5,11 @@ namespace {
 
 int exec(PyObject* module) {
     using namespace k42::edge;
+    // Before 3.12 no slot says it: types and processors belong to the whole process.
+    if (PyInterpreterState_Get() != PyInterpreterState_Main()) {
+        PyErr_SetString(PyExc_ImportError, "k42 works in the main interpreter alone, not in sub-interpreters");
+        return -1;
+    }
     if (add_reference(module) < 0) return -1;
     if (add_counter(module) < 0) return -1;
     if (add_allocator(module) < 0) return -1;

@@ -1,6 +1,10 @@
 // Processors, for Python: a thread owns one from its first call on a reference until Python ends the thread.
 #include "reference.hpp"
 
+#ifdef __linux__
+#include <sched.h>
+#endif
+
 namespace k42::edge {
 
 namespace {
@@ -17,7 +21,10 @@ struct LeaseObject {
 void lease_dealloc(PyObject* o) {
     PyTypeObject* type = Py_TYPE(o);
     // At the interpreter's end and in the child of a fork other threads' dictionaries are dropped here too.
-    if (reinterpret_cast<LeaseObject*>(o)->processor == runtime::current_or_null()) runtime::release_current();
+    if (reinterpret_cast<LeaseObject*>(o)->processor == runtime::current_or_null()) {
+        Request::settle(*reinterpret_cast<LeaseObject*>(o)->processor);  // what was posted to it since its last request
+        runtime::release_current();
+    }
     type->tp_free(o);
     Py_DECREF(type);
 }
@@ -35,7 +42,26 @@ PyObject* current(PyObject*, PyObject*) { return PyLong_FromUnsignedLong(here().
 
 PyObject* count(PyObject*, PyObject*) { return PyLong_FromUnsignedLong(runtime::processor_count()); }
 
+PyObject* open_mail_of_all(PyObject*, PyObject*) {
+    runtime::open_mail_of_all();
+    Py_RETURN_NONE;
+}
+
+PyObject* current_cpu(PyObject*, PyObject*) {
+#ifdef __linux__
+    const int cpu = sched_getcpu();
+    if (cpu < 0) return PyErr_SetFromErrno(PyExc_OSError);
+    return PyLong_FromLong(cpu);
+#else
+    return PyLong_FromLong(0);
+#endif
+}
+
 PyMethodDef functions[] = {
+    {"current_cpu", current_cpu, METH_NOARGS,
+     PyDoc_STR("current_cpu($module, /)\n--\n\nReturn the number of the CPU on which the calling thread runs now.")},
+    {"open_mail_of_all", open_mail_of_all, METH_NOARGS,
+     PyDoc_STR("open_mail_of_all() runs what was posted to processors; at the end of the program")},
     {"current_processor", current, METH_NOARGS,
      PyDoc_STR("current_processor($module, /)\n--\n\n"
                "Return the id of the calling thread's processor, which it takes at its first use.\n\n"
@@ -58,6 +84,7 @@ runtime::Processor& adopt_processor() {
     // Without a lease the end of the operating system's thread frees the processor.
     if (!lease || PyDict_SetItemString(dictionary, "k42.processor", lease) < 0) PyErr_Clear();
     Py_XDECREF(lease);
+    runtime::open_mail(p);  // what was posted to it while nobody owned it
     return p;
 }
 

@@ -4,10 +4,12 @@
 // references have in common: identity, life, and the miss.
 #include "reference.hpp"
 
-#include <algorithm>
 #include <new>
+#include <vector>
 
+#include "anchor.hpp"
 #include "freethreading.hpp"
+#include "runtime/switch.hpp"
 
 namespace k42::edge {
 
@@ -16,66 +18,47 @@ PyTypeObject* reference_type = nullptr;
 namespace {
 
 PyObject* destroyed_error = nullptr;  // k42.errors.Destroyed
+PyTypeObject* uninstalled_type = nullptr;
+
+// Representatives that were returned without being installed: theirs until the request ends that uses them.
+thread_local std::vector<PyObject*> passing;
+
+// What handle_miss() returns to have a representative used for one call and not installed.
+struct Uninstalled {
+    PyObject_HEAD PyObject* rep;
+};
 
 ReferenceObject* cast(PyObject* o) { return reinterpret_cast<ReferenceObject*>(o); }
-
-void set_destroyed(PyObject* reference) {
-    PyErr_Format(destroyed_error, "this %s has been destroyed: create a new one", Py_TYPE(reference)->tp_name);
-}
-
-// runtime::Release: nobody uses the object any more.
-void release(void* object) {
-    if (!Py_IsInitialized()) return;  // the interpreter is gone, and its objects with it
-    PyGILState_STATE gil = PyGILState_Ensure();
-    auto* anchor = static_cast<Anchor*>(object);
-    {
-        SavedError saved;
-        if (!anchor->unreachable) {
-            Ref done = Ref::steal(PyObject_CallMethod(anchor->root, "_released", nullptr));
-            if (!done) PyErr_WriteUnraisable(anchor->root);
-        }
-        for (PyObject* rep : anchor->reps) Py_DECREF(rep);
-        Py_DECREF(anchor->root);
-    }
-    delete anchor;
-    PyGILState_Release(gil);
-}
 
 // False: it was destroyed before.
 bool destroy(ReferenceObject* self, bool* deferred) {
     here();  // destruction needs a processor, and Python's hold on it
     self->anchor = nullptr;
-    return runtime::destroy(self->reference, release, deferred);
-}
-
-// Nobody has the reference any more (the collector's view, or a root that let go of it): nobody can destroy
-// it.
-void drop(ReferenceObject* self) {
-    if (!self->anchor) return;
-    self->anchor->unreachable = true;
-    bool deferred;
-    destroy(self, &deferred);
+    return runtime::destroy(self->reference, {Anchor::release, Anchor::held}, deferred);
 }
 
 int traverse(PyObject* o, visitproc visit, void* arg) {
     Py_VISIT(Py_TYPE(o));
-    if (Anchor* anchor = cast(o)->anchor) {
-        Py_VISIT(anchor->root);
-        for (PyObject* rep : anchor->reps) Py_VISIT(rep);
-    }
-    return 0;
+    Anchor* anchor = cast(o)->anchor;
+    return anchor ? anchor->traverse(visit, arg) : 0;
 }
 
-int clear(PyObject* o) {
-    drop(cast(o));
-    return 0;
+// What it refers to goes in finalize(), where it may still run code.
+int clear(PyObject*) { return 0; }
+
+// Nobody has the reference any more: nobody can destroy the object.
+void finalize(PyObject* o) {
+    if (!cast(o)->anchor) return;
+    SavedError saved;
+    bool deferred;
+    destroy(cast(o), &deferred);
 }
 
 void dealloc(PyObject* o) {
     PyTypeObject* type = Py_TYPE(o);
     PyObject_GC_UnTrack(o);
     if (cast(o)->weakrefs) PyObject_ClearWeakRefs(o);
-    drop(cast(o));
+    finalize(o);
     type->tp_free(o);
     Py_DECREF(type);
 }
@@ -129,6 +112,7 @@ PyType_Slot slots[] = {
     {Py_tp_doc, const_cast<char*>("The base of the references to Clustered Objects.")},
     {Py_tp_traverse, reinterpret_cast<void*>(traverse)},
     {Py_tp_clear, reinterpret_cast<void*>(clear)},
+    {Py_tp_finalize, reinterpret_cast<void*>(finalize)},
     {Py_tp_dealloc, reinterpret_cast<void*>(dealloc)},
     {Py_tp_repr, reinterpret_cast<void*>(repr)},
     {Py_tp_setattro, reinterpret_cast<void*>(setattro)},
@@ -142,6 +126,44 @@ PyType_Spec spec = {"k42._native.Reference", sizeof(ReferenceObject), 0,
                         Py_TPFLAGS_IMMUTABLETYPE,
                     slots};
 
+// --- Uninstalled.
+
+PyObject* uninstalled_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+    static const char* names[] = {"rep", nullptr};
+    PyObject* rep;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:uninstalled", const_cast<char**>(names), &rep)) return nullptr;
+    PyObject* o = type->tp_alloc(type, 0);
+    if (o) reinterpret_cast<Uninstalled*>(o)->rep = Py_NewRef(rep);
+    return o;
+}
+
+void uninstalled_dealloc(PyObject* o) {
+    PyTypeObject* type = Py_TYPE(o);
+    Py_CLEAR(reinterpret_cast<Uninstalled*>(o)->rep);
+    type->tp_free(o);
+    Py_DECREF(type);
+}
+
+PyMemberDef uninstalled_members[] = {
+    {"rep", T_OBJECT_EX, offsetof(Uninstalled, rep), READONLY, nullptr},
+    {nullptr, 0, 0, 0, nullptr},
+};
+
+PyType_Slot uninstalled_slots[] = {
+    {Py_tp_members, uninstalled_members},
+    {Py_tp_doc, const_cast<char*>("uninstalled(rep)\n--\n\n"
+                                  "What `handle_miss()` returns to have `rep` used for one call and not installed:\n"
+                                  "the next call on the processor misses again. Section 2.2.1 of the paper.")},
+    {Py_tp_new, reinterpret_cast<void*>(uninstalled_new)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(uninstalled_dealloc)},
+    {0, nullptr},
+};
+
+PyType_Spec uninstalled_spec = {"k42._native.uninstalled", sizeof(Uninstalled), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, uninstalled_slots};
+
+// --- Functions.
+
 PyObject* create_reference(PyObject*, PyObject* args) {
     PyTypeObject* type;
     PyObject* root;
@@ -152,37 +174,45 @@ PyObject* create_reference(PyObject*, PyObject* args) {
     }
     PyObject* o = type->tp_alloc(type, 0);
     if (!o) return nullptr;
-    here();
-    auto* anchor = new (std::nothrow) Anchor{.root = Py_NewRef(root), .lock = {}, .reps = {}};
+    cast(o)->creator = here().id;
+    Anchor* anchor = nullptr;
     try {
-        if (!anchor) throw std::bad_alloc();
+        anchor = new Anchor(root);
         runtime::create(cast(o)->reference, anchor);
     } catch (const std::bad_alloc&) {
-        Py_DECREF(root);
         delete anchor;
         Py_DECREF(o);
         return PyErr_NoMemory();
     }
     cast(o)->anchor = anchor;
-    share(o);
+    prepare_to_share(o);
     return o;
-}
-
-bool check_reference(PyObject* o, const char* function) {
-    if (is_reference(o)) return true;
-    PyErr_Format(PyExc_TypeError, "%s() needs a reference, as create() returns it, not %.100s", function,
-                 Py_TYPE(o)->tp_name);
-    return false;
 }
 
 PyObject* destroy_reference(PyObject*, PyObject* o) {
     if (!check_reference(o, "destroy")) return nullptr;
+    Ref suspended;
+    {
+        Request request;
+        const runtime::Miss miss = runtime::begin_miss(here(), cast(o)->reference.coid());
+        suspended = miss.object ? static_cast<Anchor*>(miss.object)->names_of_holds() : Ref::steal(PyList_New(0));
+        if (!suspended) return nullptr;
+    }
     bool deferred;
     if (!destroy(cast(o), &deferred)) {
         set_destroyed(o);
         return nullptr;
     }
-    return PyBool_FromLong(!deferred);
+    if (!deferred || PyList_GET_SIZE(suspended.get()) == 0) return PyBool_FromLong(!deferred);
+    Ref comma = Ref::steal(PyUnicode_FromString(", "));
+    Ref names = comma ? Ref::steal(PyUnicode_Join(comma.get(), suspended.get())) : Ref();
+    if (!names ||
+        PyErr_WarnFormat(
+            PyExc_RuntimeWarning, 1,
+            "the release of this %s waits until its suspended generators or coroutines finish or are closed: %U",
+            Py_TYPE(o)->tp_name, names.get()) < 0)
+        return nullptr;
+    Py_RETURN_FALSE;
 }
 
 PyObject* local(PyObject*, PyObject* o) {
@@ -191,14 +221,64 @@ PyObject* local(PyObject*, PyObject* o) {
     return Py_XNewRef(request.rep(o));
 }
 
+PyObject* root_of(PyObject*, PyObject* o) {
+    if (!check_reference(o, "root_of")) return nullptr;
+    Request request;
+    Anchor* anchor = request.anchor(o);
+    return anchor ? Py_NewRef(anchor->root_of_caller()) : nullptr;
+}
+
+PyObject* arbitrate(PyObject*, PyObject* args) {
+    PyObject *o, *arbitration;
+    if (!PyArg_ParseTuple(args, "OO:arbitrate", &o, &arbitration) || !check_reference(o, "arbitrate")) return nullptr;
+    Request request;
+    Anchor* anchor = request.anchor(o);
+    if (!anchor) return nullptr;
+    anchor->arbitrate(arbitration == Py_None ? nullptr : arbitration);
+    runtime::empty_everywhere(cast(o)->reference.coid());
+    Py_RETURN_NONE;
+}
+
+PyObject* arbitration_of(PyObject*, PyObject* o) {
+    if (!check_reference(o, "interpose")) return nullptr;
+    Request request;
+    Anchor* anchor = request.anchor(o);
+    if (!anchor) return nullptr;
+    Ref handler = anchor->handler();
+    return handler.get() == anchor->root_of_caller() ? Py_NewRef(Py_None) : handler.release();
+}
+
+// Never fails because of the object: isinstance() asks it of any reference.
+PyObject* class_of(PyObject*, PyObject* args) {
+    PyObject *o, *otherwise;
+    if (!PyArg_ParseTuple(args, "OO:class_of", &o, &otherwise) || !check_reference(o, "class_of")) return nullptr;
+    if (!cast(o)->reference.coid()) return Py_NewRef(otherwise);
+    Request request;
+    Anchor* anchor = request.anchor(o);
+    PyObject* now = anchor ? PyObject_GetAttrString(anchor->root_of_caller(), "rep_class") : nullptr;
+    if (now) return now;
+    PyErr_Clear();
+    return Py_NewRef(otherwise);
+}
+
 PyMethodDef functions[] = {
+    {"arbitration_of", arbitration_of, METH_O,
+     PyDoc_STR("arbitration_of(reference) -> the handler that `arbitrate` was given, or None")},
+    {"class_of", class_of, METH_VARARGS,
+     PyDoc_STR("class_of(reference, otherwise) -> the class of its representatives now; `otherwise` once destroyed")},
     {"create_reference", create_reference, METH_VARARGS,
      PyDoc_STR("create_reference(type, root) -> a new reference whose misses go to root.handle_miss()")},
+    {"root_of", root_of, METH_O, PyDoc_STR("root_of(reference) -> the root of its object")},
+    {"arbitrate", arbitrate, METH_VARARGS,
+     PyDoc_STR("arbitrate(reference, handler): from now on misses go to handler.handle_miss(); None: to the root")},
     {"destroy", destroy_reference, METH_O,
      PyDoc_STR("destroy($module, reference, /)\n--\n\n"
                "Destroy a Clustered Object: new calls raise `Destroyed`, calls that run finish.\n\n"
-               "Its representatives and its root are released when every request that runs now has ended; allowed\n"
-               "inside a call on the object itself.\n\n"
+               "Its representatives and its root are released when every request has ended that runs now on a\n"
+               "processor that has used it; allowed inside a call on the object itself. A generator or coroutine\n"
+               "of the object that is suspended is such a request, and a RuntimeWarning names it. A representative\n"
+               "with a method `on_release` has it called once then, by the owner of the processor that used it\n"
+               "first: between two of its calls or at its end, or by the next owner.\n\n"
                "Returns True when they have been released already, False when running requests delay it.\n"
                "Raises `Destroyed` when the object was destroyed before, TypeError for anything but a reference.\n"
                "Section 2.2 of the paper.")},
@@ -214,39 +294,89 @@ PyMethodDef functions[] = {
 
 }  // namespace
 
-PyObject* Anchor::hold(PyObject* rep) {
-    {
-        std::lock_guard guard(lock);
-        if (std::find(reps.begin(), reps.end(), rep) == reps.end()) {
-            reps.push_back(rep);
-            return rep;
-        }
-    }
-    Py_DECREF(rep);
-    return rep;
+void set_destroyed(PyObject* reference) {
+    PyErr_Format(destroyed_error, "this %s has been destroyed: create a new one", Py_TYPE(reference)->tp_name);
 }
 
-PyObject* Request::miss(PyObject* reference, runtime::Coid coid) {
-    auto* anchor = static_cast<Anchor*>(runtime::begin_miss(processor_, coid));
-    if (!anchor) {
-        set_destroyed(reference);
-        return nullptr;
+bool check_reference(PyObject* o, const char* function) {
+    if (is_reference(o)) return true;
+    PyErr_Format(PyExc_TypeError, "%s() needs a reference, as create() returns it, not %.100s", function,
+                 Py_TYPE(o)->tp_name);
+    return false;
+}
+
+Anchor* Request::anchor(PyObject* reference) {
+    for (;;) {
+        const runtime::Coid coid = cast(reference)->reference.coid();
+        const runtime::Miss miss = runtime::begin_miss(processor_, coid);
+        switch (miss.outcome) {
+            case runtime::Miss::Outcome::destroyed:
+                set_destroyed(reference);
+                return nullptr;
+            case runtime::Miss::Outcome::switching: {
+                Detached detached;
+                runtime::await_switch(processor_, coid);
+                break;
+            }
+            default:
+                return static_cast<Anchor*>(miss.object);
+        }
     }
-    PyObject* rep = PyObject_CallMethod(anchor->root, "handle_miss", nullptr);
+}
+
+PyObject* Request::miss(PyObject* reference) {
+    runtime::Miss miss;
+    for (;;) {
+        miss = runtime::begin_miss(processor_, coid_);
+        if (miss.outcome == runtime::Miss::Outcome::destroyed) {
+            set_destroyed(reference);
+            return nullptr;
+        }
+        if (miss.outcome != runtime::Miss::Outcome::switching) break;
+        {
+            Detached detached;
+            runtime::await_switch(processor_, coid_);
+        }
+        coid_ = cast(reference)->reference.coid();
+        if (void* rep = runtime::translate(processor_, coid_)) return static_cast<PyObject*>(rep);
+    }
+    auto* anchor = static_cast<Anchor*>(miss.object);
+    if (processor_.id != cast(reference)->creator) share(reference);
+    Ref handler = anchor->handler();
+    PyObject* rep = PyObject_CallMethod(handler.get(), "handle_miss", nullptr);
     if (!rep) return nullptr;
+    bool lasting = miss.outcome == runtime::Miss::Outcome::found;
+    if (Py_TYPE(rep) == uninstalled_type) {
+        PyObject* inner = Py_NewRef(reinterpret_cast<Uninstalled*>(rep)->rep);
+        Py_DECREF(rep);
+        rep = inner;
+        lasting = false;
+    }
     if (rep == Py_None || is_reference(rep)) {
         PyErr_Format(PyExc_TypeError, "handle_miss() of a root of %s must return a representative, not %R",
                      Py_TYPE(reference)->tp_name, rep);
         Py_DECREF(rep);
         return nullptr;
     }
-    rep = anchor->hold(rep);
-    runtime::install(processor_, coid, rep);
+    if (!lasting) {
+        passing.push_back(rep);
+        processor_.watched.store(true, std::memory_order_relaxed);
+        return rep;
+    }
+    rep = anchor->hold(rep, processor_.id);
+    runtime::install(processor_, coid_, rep);
     return rep;
 }
 
-void Request::settle() {
+void Request::settle(runtime::Processor& p) {
     SavedError saved;
+    if (p.depth == 0) {
+        while (!passing.empty()) {
+            PyObject* rep = passing.back();
+            passing.pop_back();
+            Py_DECREF(rep);
+        }
+    }
     runtime::collect();
 }
 
@@ -256,9 +386,13 @@ int add_reference(PyObject* module) {
     destroyed_error = PyObject_GetAttrString(errors.get(), "Destroyed");
     if (!destroyed_error) return -1;
     reference_type = add_type(module, &spec);
-    if (!reference_type || PyModule_AddFunctions(module, functions) < 0) return -1;
-    if (add_method(module) < 0 || add_attribute(module) < 0 || add_native_rep(module) < 0) return -1;
-    return add_processors(module);
+    if (!reference_type) return -1;
+    uninstalled_type = add_type(module, &uninstalled_spec);
+    if (!uninstalled_type || PyModule_AddFunctions(module, functions) < 0) return -1;
+    for (auto add : {add_method, add_attribute, add_native_rep, add_processors, add_request, add_switch}) {
+        if (add(module) < 0) return -1;
+    }
+    return 0;
 }
 
 }  // namespace k42::edge

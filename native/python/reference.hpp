@@ -1,9 +1,6 @@
 // The reference as the descriptors see it: who is called, on which representative, within a request.
 #pragma once
 
-#include <mutex>
-#include <vector>
-
 #include "edge.hpp"
 // Needs Python.h before it.
 #include <structmember.h>
@@ -12,22 +9,13 @@
 
 namespace k42::edge {
 
-// What a coid names for Python: the root, and the representatives that local tables point to. It owns them,
-// so it is they who outlive every request that may use them: the tables' pointers are borrowed from here.
-struct Anchor {
-    PyObject* root;
-    bool unreachable = false;     // the garbage collector found the object: it breaks the cycles itself
-    std::mutex lock;              // protects reps; innermost, nothing is called under it
-    std::vector<PyObject*> reps;  // each once
-
-    // Takes over `rep`; returns it borrowed.
-    PyObject* hold(PyObject* rep);
-};
+struct Anchor;
 
 struct ReferenceObject {
     PyObject_HEAD runtime::Reference reference;
     Anchor* anchor;  // for the garbage collector alone; nullptr once destroyed. Calls find it by the coid.
     PyObject* weakrefs;
+    std::uint32_t creator;  // the processor that created the object
 };
 
 extern PyTypeObject* reference_type;  // the base of the types that are generated per class
@@ -48,7 +36,7 @@ class Request {
     Request() : processor_(here()) { runtime::enter(processor_); }
     ~Request() {
         if (runtime::leave(processor_)) [[unlikely]]
-            settle();
+            settle(processor_);
     }
     Request(const Request&) = delete;
     Request& operator=(const Request&) = delete;
@@ -56,22 +44,39 @@ class Request {
     // The local representative, borrowed for this request; or nullptr with an exception.
     PyObject* rep(PyObject* reference) {
         auto* self = reinterpret_cast<ReferenceObject*>(reference);
-        runtime::Coid coid = self->reference.coid();
-        void* rep = runtime::translate(processor_, coid);
-        return rep ? static_cast<PyObject*>(rep) : miss(reference, coid);
+        coid_ = self->reference.coid();
+        void* rep = runtime::translate(processor_, coid_);
+        return rep ? static_cast<PyObject*>(rep) : miss(reference);
     }
 
+    // What the reference named when rep() found a representative.
+    Anchor* anchor_of_rep() const { return static_cast<Anchor*>(runtime::object_of(coid_)); }
+
+    // What the reference names; it outlives this request. nullptr with an exception.
+    Anchor* anchor(PyObject* reference);
+
+    // What is left to do at the end of a request that was watched. Keeps the exception that is set.
+    static void settle(runtime::Processor& p);
+
   private:
-    PyObject* miss(PyObject* reference, runtime::Coid coid);
-    static void settle();
+    PyObject* miss(PyObject* reference);
 
     runtime::Processor& processor_;
+    runtime::Coid coid_;
 };
+
+// Raises Destroyed.
+void set_destroyed(PyObject* reference);
+
+// False with a TypeError when `o` is no reference.
+bool check_reference(PyObject* o, const char* function);
 
 // Files of the reference; add_reference calls them.
 int add_method(PyObject* module);
 int add_attribute(PyObject* module);
 int add_native_rep(PyObject* module);
 int add_processors(PyObject* module);
+int add_request(PyObject* module);
+int add_switch(PyObject* module);
 
 }  // namespace k42::edge

@@ -231,8 +231,6 @@ PyObject* open_userfaultfd(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     return PyErr_SetFromErrno(PyExc_OSError);
 }
 
-PyObject* current_cpu(PyObject*, PyObject*) { return PyLong_FromLong(sched_getcpu()); }
-
 // Maps the kernel's status page, for good: the SIGBUS handler may read it at any time.
 PyObject* map_status(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     int memfd;
@@ -258,7 +256,6 @@ PyMethodDef methods[] = {
 };
 PyMethodDef functions[] = {
     {"open_userfaultfd", fast(open_userfaultfd), METH_FASTCALL, "open_userfaultfd(user_mode_only): its descriptor."},
-    {"current_cpu", current_cpu, METH_NOARGS, "The number of the CPU that runs the calling thread."},
     {"map_status", fast(map_status), METH_FASTCALL, "map_status(memfd): the address of the kernel's status page."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-from k42.errors import Destroyed, Error
-from k42.objects import DistributedRoot, Object, Root, SharedRoot, destroy, local, processors
+from k42.errors import Destroyed, Error, SwapRefused
+from k42.objects import (
+    Call,
+    ClusteredRoot,
+    DistributedRoot,
+    Interposition,
+    Object,
+    PartitionedRoot,
+    Root,
+    SharedRoot,
+    destroy,
+    global_method,
+    interpose,
+    local,
+    processors,
+    request,
+    swap,
+    uninstalled,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Call",
+    "ClusteredRoot",
     "Destroyed",
     "DistributedRoot",
     "Error",
+    "Interposition",
     "Object",
+    "PartitionedRoot",
     "Root",
     "SharedRoot",
+    "SwapRefused",
     "destroy",
+    "global_method",
+    "interpose",
     "local",
     "processors",
+    "request",
+    "swap",
+    "uninstalled",
 ]

@@ -9,3 +9,7 @@ class Error(Exception):
 
 class Destroyed(Error, ReferenceError):
     """A call on a Clustered Object that has been destroyed."""
+
+
+class SwapRefused(Error):
+    """A swap that did not happen: the object is as it was. The message says what was in the way."""

@@ -4,7 +4,7 @@
 #include <barrier>
 #include <cstdio>
 #include <cstdlib>
-#include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -15,6 +15,7 @@
 #include "runtime/processor.hpp"
 #include "runtime/quiescence.hpp"
 #include "runtime/retire.hpp"
+#include "runtime/switch.hpp"
 #include "runtime/translation.hpp"
 
 using namespace k42::runtime;
@@ -36,20 +37,26 @@ struct Rep {
 struct Object {
     Object() { objects_alive.fetch_add(1); }
     ~Object() { objects_alive.fetch_sub(1); }
-    Rep* miss() {
+    Rep* miss(const Processor& p) {
         misses.fetch_add(1);
         std::lock_guard guard(lock);
-        return &reps.emplace_back();
+        return &reps[p.id];
     }
     long total() {
         std::lock_guard guard(lock);
-        long sum = 0;
-        for (Rep& rep : reps) sum += rep.count;
+        long sum = before;
+        for (auto& [id, rep] : reps) sum += rep.count;
         return sum;
     }
+    // Another implementation with the same state. While nobody is inside.
+    void become_new() {
+        before = total();
+        reps.clear();
+    }
     std::atomic<int> misses{0};
-    std::mutex lock;       // protects reps
-    std::deque<Rep> reps;  // stable addresses
+    std::mutex lock;  // protects the rest
+    std::map<std::uint32_t, Rep> reps;
+    long before = 0;
 };
 
 void release(void* object) {
@@ -64,11 +71,17 @@ bool call(Reference& reference, Use use) {
     enter(p);
     Coid coid = reference.coid();
     auto* rep = static_cast<Rep*>(translate(p, coid));
-    if (!rep) {
-        if (auto* object = static_cast<Object*>(begin_miss(p, coid))) {
-            rep = object->miss();
-            install(p, coid, rep);
+    while (!rep) {
+        const Miss miss = begin_miss(p, coid);
+        if (miss.outcome == Miss::Outcome::destroyed) break;
+        if (miss.outcome == Miss::Outcome::switching) {
+            await_switch(p, coid);
+            coid = reference.coid();
+            rep = static_cast<Rep*>(translate(p, coid));
+            continue;
         }
+        rep = static_cast<Object*>(miss.object)->miss(p);
+        if (miss.outcome == Miss::Outcome::found) install(p, coid, rep);
     }
     if (rep) use(*rep);
     if (leave(p)) collect();
@@ -77,7 +90,7 @@ bool call(Reference& reference, Use use) {
 
 bool destroy(Reference& reference) {
     bool deferred;
-    return k42::runtime::destroy(reference, release, &deferred);
+    return k42::runtime::destroy(reference, {release, [](void*) { return false; }}, &deferred);
 }
 
 template <typename Work>
@@ -260,6 +273,156 @@ void reuse() {
     CHECK(reps_alive == 0 && objects_alive == 0);
 }
 
+bool never_held(void*) { return false; }
+bool go_on() { return true; }
+
+// Switches under continuous calls, recursive ones too, by threads that come and go; and destructions during them.
+void switches() {
+    constexpr int n = 4, rounds = 300;
+    Reference reference;
+    auto* object = new Object();
+    create(reference, object);
+    std::atomic<bool> done{false};
+    std::atomic<long> added{0};
+    std::vector<std::thread> threads;
+    for (int t = 0; t < n; ++t) {
+        threads.emplace_back([&, t] {
+            while (!done) {
+                std::thread short_lived([&] {  // a first touch, in the middle of a switch or not
+                    for (int i = 0; i < 50; ++i) {
+                        CHECK(call(reference, [&](Rep& rep) {
+                            ++rep.count;
+                            if (i % 8 == t) call(reference, [](Rep& inner) { ++inner.count; });
+                        }));
+                        added.fetch_add(i % 8 == t ? 2 : 1);
+                    }
+                });
+                short_lived.join();
+            }
+        });
+    }
+    for (int i = 0; i < rounds; ++i) {
+        Switch s;
+        CHECK(s.begin(reference, std::chrono::minutes(1), never_held, go_on) == Switch::Outcome::quiet);
+        static_cast<Object*>(s.object())->become_new();
+        s.end();
+    }
+    done = true;
+    for (auto& thread : threads) thread.join();
+    CHECK(object->total() == added);
+    call(reference, [&](Rep&) {
+        Switch s;
+        CHECK(s.begin(reference, std::chrono::minutes(1), never_held, go_on) == Switch::Outcome::in_request);
+    });
+    // A destruction during the switch happens at its end.
+    const int before = releases;
+    Switch s;
+    CHECK(s.begin(reference, std::chrono::minutes(1), never_held, go_on) == Switch::Outcome::quiet);
+    CHECK(destroy(reference));
+    CHECK(releases == before);
+    s.end();
+    CHECK(releases == before + 1);
+    CHECK(s.begin(reference, std::chrono::minutes(1), never_held, go_on) == Switch::Outcome::destroyed);
+}
+
+// An older request waits for a lock that a younger one holds, which waits for the switch: nobody waits for ever.
+void switch_behind_a_lock() {
+    Reference reference;
+    create(reference, new Object());
+    std::mutex lock;
+    std::barrier inside(2), held(2);
+    std::thread older([&] {
+        call(reference, [&](Rep& rep) {
+            inside.arrive_and_wait();
+            held.arrive_and_wait();
+            std::lock_guard guard(lock);
+            ++rep.count;
+        });
+    });
+    std::thread younger([&] {
+        inside.arrive_and_wait();
+        std::lock_guard guard(lock);
+        held.arrive_and_wait();
+        for (int i = 0; i < 100; ++i) call(reference, [](Rep& rep) { ++rep.count; });
+    });
+    Switch s;
+    CHECK(s.begin(reference, std::chrono::minutes(1), never_held, go_on) == Switch::Outcome::quiet);
+    s.end();
+    older.join();
+    younger.join();
+    CHECK(destroy(reference));
+}
+
+// Two objects that call each other, each switched all the time: A calls B calls A.
+void switch_cycles() {
+    Reference a, b;
+    auto *object_a = new Object(), *object_b = new Object();
+    create(a, object_a);
+    create(b, object_b);
+    constexpr int calls = 1500;
+    std::atomic<int> running{2};
+    auto caller = [&](Reference& first, Reference& second) {
+        for (int i = 0; i < calls; ++i) {
+            call(first, [&](Rep& one) {
+                ++one.count;
+                call(second, [&](Rep& two) {
+                    ++two.count;
+                    call(first, [](Rep& again) { ++again.count; });
+                });
+            });
+        }
+        --running;
+    };
+    auto switcher = [&](Reference& reference) {
+        while (running) {
+            Switch s;
+            CHECK(s.begin(reference, std::chrono::minutes(1), never_held, go_on) == Switch::Outcome::quiet);
+            static_cast<Object*>(s.object())->become_new();
+            s.end();
+            std::this_thread::yield();
+        }
+    };
+    std::vector<std::thread> threads;
+    threads.emplace_back(caller, std::ref(a), std::ref(b));
+    threads.emplace_back(caller, std::ref(b), std::ref(a));
+    threads.emplace_back(switcher, std::ref(a));
+    threads.emplace_back(switcher, std::ref(b));
+    for (auto& thread : threads) thread.join();
+    CHECK(object_a->total() + object_b->total() == 6L * calls);
+    CHECK(destroy(a) && destroy(b));
+}
+
+// Pages of the tables come and go with the objects, while others call objects of their own.
+void table_pages() {
+    std::atomic<bool> done{false};
+    std::thread other([&] {
+        Reference mine;
+        create(mine, new Object());
+        while (!done) call(mine, [](Rep& rep) { ++rep.count; });
+        CHECK(destroy(mine));
+    });
+    for (int round = 0; round < 6; ++round) {
+        std::vector<std::unique_ptr<Reference>> references;
+        for (Index j = 0; j < 4 * page_size; ++j) {
+            references.push_back(std::make_unique<Reference>());
+            create(*references.back(), new Object());
+            call(*references.back(), [](Rep& rep) { ++rep.count; });
+        }
+        std::set<Index> ranges;
+        for (auto& r : references) ranges.insert(static_cast<Index>(r->coid()) >> page_bits);
+        CHECK(ranges.size() >= 4);
+        CHECK(*ranges.rbegin() < 100);  // numbers are used again
+        for (auto& r : references) CHECK(destroy(*r));
+        CHECK(reps_alive <= 1);
+        while (retired() != 0) flush();
+        long left = 0;
+        for (Index range : ranges) left += current().local.find(range << page_bits) != nullptr;
+        CHECK(left <= 1);  // one range stays
+    }
+    done = true;
+    other.join();
+}
+
 // What a writer unlinks and retires stays readable to the requests that may have found it, and goes when they end.
 void retirement() {
     struct Box {
@@ -313,6 +476,10 @@ int main() {
     races();
     reuse();
     retirement();
+    switches();
+    switch_behind_a_lock();
+    switch_cycles();
+    table_pages();
     many_processors();
     CHECK(reps_alive == 0 && objects_alive == 0);
     std::puts("ok");

@@ -3,8 +3,10 @@
 #include <pthread.h>
 
 #include <bit>
+#include <memory>
 #include <mutex>
 #include <queue>
+#include <utility>
 #include <vector>
 
 namespace k42::runtime {
@@ -117,6 +119,36 @@ Processor& detail::adopt() {
 
 void release_current() {
     if (detail::current && detail::current->depth == 0) owner.release();
+}
+
+void post(Processor& to, void (*open)(void* what), void* what) {
+    auto* mail = new Mail{open, what};
+    mail->next = to.mail.load(std::memory_order_relaxed);
+    while (!to.mail.compare_exchange_weak(mail->next, mail, std::memory_order_release, std::memory_order_relaxed)) {
+    }
+    to.watched.store(true, std::memory_order_relaxed);
+}
+
+static void open_all(Processor& p) {
+    Mail* last = p.mail.exchange(nullptr, std::memory_order_acquire);
+    Mail* first = nullptr;
+    while (last) {
+        Mail* const before = last->next;
+        last->next = first;
+        first = std::exchange(last, before);
+    }
+    while (first) {
+        const std::unique_ptr<Mail> mail(std::exchange(first, first->next));
+        mail->open(mail->what);
+    }
+}
+
+void open_mail(Processor& p) {
+    if (p.depth == 0 && p.mail.load(std::memory_order_relaxed)) open_all(p);
+}
+
+void open_mail_of_all() {
+    for (std::uint32_t id = 0, n = processor_count(); id < n; ++id) open_all(processor(id));
 }
 
 std::uint32_t processor_count() { return Registry::instance().count(); }

@@ -22,6 +22,8 @@ namespace k42::runtime {
 inline constexpr std::size_t apart = 128;
 
 struct Limbo;
+struct Mail;
+struct Range;
 
 struct alignas(apart) Processor {
     // Written by the owner alone, at each request; read by marks of quiescence.
@@ -32,8 +34,10 @@ struct alignas(apart) Processor {
     Table<std::atomic<void*>> local;          // the Local Translation Table; an empty entry is a null pointer
     std::atomic<alloc::Pool*> pool{nullptr};  // the allocator's, which sets it when the owner first allocates
 
-    Limbo* limbo = nullptr;  // what the owner has retired (retire.hpp)
-    Index free = 0;          // the owner's LIFO list of free entries of its ranges, linked by Entry::next; 0 ends it
+    Limbo* limbo = nullptr;   // what the owner has retired (retire.hpp)
+    Range* ranges = nullptr;  // the owner's ranges of the global table that have free entries (translation.cpp)
+    std::atomic<bool> waits_for_switch{false};
+    std::atomic<Mail*> mail{nullptr};  // what others ask the owner to do, the last first
     // What others freed for us: they push, the owner takes all at once (so the list has no ABA problem).
     alignas(apart) std::atomic<Index> returned{0};
 };
@@ -78,5 +82,21 @@ inline void enter(Processor& p) {
     fence_light();  // "outside" before the look at `watched`: pairs with the heavy fence in `defer`
     return p.watched.load(std::memory_order_relaxed);
 }
+
+// Something to be done by the owner of a processor, outside of requests.
+struct Mail {
+    void (*open)(void* what);
+    void* what;
+    Mail* next = nullptr;
+};
+
+// Asks for it: the owner `open_mail`s after the request that runs now or the next one, else a later owner does.
+void post(Processor& to, void (*open)(void* what), void* what);
+
+// Does what was asked of the calling thread's processor, in order; nothing inside a request.
+void open_mail(Processor& p);
+
+// The same for every processor, whoever owns it: at the end of the program.
+void open_mail_of_all();
 
 }  // namespace k42::runtime

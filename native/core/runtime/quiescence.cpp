@@ -1,32 +1,50 @@
 #include "runtime/quiescence.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <thread>
 
 namespace k42::runtime {
 
+namespace {
+
+void note(std::vector<std::pair<Processor*, std::uint64_t>>& waiting, Processor& p) {
+    const std::uint64_t requests = p.requests.load(std::memory_order_acquire);
+    if (requests & 1) waiting.emplace_back(&p, requests);
+}
+
+}  // namespace
+
 Mark Mark::take() {
     Mark mark;
     fence_heavy();  // what the caller made unreachable before requests are looked at: pairs with `enter`
-    for (std::uint32_t id = 0, n = processor_count(); id < n; ++id) {
-        Processor& p = processor(id);
-        std::uint64_t requests = p.requests.load(std::memory_order_acquire);
-        if (requests & 1) mark.waiting_.emplace_back(&p, requests);
-    }
+    for (std::uint32_t id = 0, n = processor_count(); id < n; ++id) note(mark.waiting_, processor(id));
     return mark;
 }
 
-Mark Mark::take(const Processor& p) {
+Mark Mark::take(const std::vector<Processor*>& processors) {
     Mark mark;
-    std::uint64_t requests = p.requests.load(std::memory_order_relaxed);
-    if (requests & 1) mark.waiting_.emplace_back(const_cast<Processor*>(&p), requests);
+    // Our own request needs no fence: we are in it.
+    const bool alone =
+        std::all_of(processors.begin(), processors.end(), [](auto* p) { return p == current_or_null(); });
+    if (!alone) fence_heavy();
+    for (Processor* p : processors) note(mark.waiting_, *p);
     return mark;
 }
 
-Mark Mark::take_of_others() {
-    Mark mark = take();
-    std::erase_if(mark.waiting_, [](auto& w) { return w.first == current_or_null(); });
-    return mark;
+void Mark::forget(const Processor& p) {
+    std::erase_if(waiting_, [&](auto& w) { return w.first == &p; });
+}
+
+bool Mark::includes(const Processor& p) const {
+    const std::uint64_t requests = p.requests.load(std::memory_order_relaxed);
+    return std::any_of(waiting_.begin(), waiting_.end(),
+                       [&](auto& w) { return w.first == &p && w.second == requests; });
+}
+
+bool Mark::waits_for_a_switch() const {
+    return std::any_of(waiting_.begin(), waiting_.end(),
+                       [](auto& w) { return w.first->waits_for_switch.load(std::memory_order_relaxed); });
 }
 
 bool Mark::elapsed() {
@@ -40,7 +58,8 @@ void Mark::watch() {
 }
 
 void synchronize() {
-    Mark mark = Mark::take_of_others();
+    Mark mark = Mark::take();
+    if (Processor* p = current_or_null()) mark.forget(*p);
     // Requests are short; those that are not leave the CPU to others.
     for (int turn = 0; !mark.elapsed(); ++turn) {
         if (turn < 16) {

@@ -17,12 +17,19 @@ class Mark {
   public:
     // A mark that waits for the requests that run now, on all processors.
     static Mark take();
-    // The same, but for the caller's own.
-    static Mark take_of_others();
-    // A mark that waits for the request that runs on `p`, if one does; of the caller's own processor.
-    static Mark take(const Processor& p);
+    // A mark that waits for the requests that run now on these processors.
+    static Mark take(const std::vector<Processor*>& processors);
 
     bool elapsed();
+
+    // Does not wait for this processor's request.
+    void forget(const Processor& p);
+
+    // Whether it waits for the request that runs now on `p`; of the caller's own processor.
+    bool includes(const Processor& p) const;
+
+    // Whether one of those that it waits for waits for the end of a switch itself.
+    bool waits_for_a_switch() const;
 
     // The processors that it still waits for will `collect` when their request ends.
     void watch();

@@ -1,5 +1,5 @@
-// A table that grows without stopping anyone: pages hang from a directory of atomic pointers, never move and
-// are never returned (tables live as long as the process: late threads still translate). The directory is
+// A table that grows without stopping anyone: pages hang from a directory of atomic pointers and never move. A page
+// is taken out when all its entries are free, and released when no request can be reading it. The directory is
 // address space that the kernel backs where it is touched.
 #pragma once
 
@@ -20,6 +20,10 @@ inline constexpr Index directory_size = Index{1} << 18;  // 134 million objects;
 template <typename Entry>
 class Table {
   public:
+    struct alignas(64) Page {
+        Entry entries[page_size] = {};
+    };
+
     Table() {
         void* memory = std::calloc(directory_size, sizeof(std::atomic<Page*>));
         if (!memory) throw std::bad_alloc();
@@ -28,7 +32,7 @@ class Table {
     Table(const Table&) = delete;
     Table& operator=(const Table&) = delete;
 
-    // The entry, or nullptr where its page was never made.
+    // The entry, or nullptr where there is no page.
     Entry* find(Index index) const {
         Page* page = directory_[index >> page_bits].load(std::memory_order_seq_cst);
         return page ? &page->entries[index & (page_size - 1)] : nullptr;
@@ -45,11 +49,10 @@ class Table {
         return page->entries[index & (page_size - 1)];
     }
 
-  private:
-    struct alignas(64) Page {
-        Entry entries[page_size] = {};
-    };
+    // Takes the page of this range out, for the caller to release when nobody can be reading it; or nullptr.
+    Page* take(Index range) { return directory_[range].exchange(nullptr, std::memory_order_seq_cst); }
 
+  private:
     std::atomic<Page*>* directory_;
 };
 

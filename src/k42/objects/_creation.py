@@ -1,48 +1,66 @@
 """Representatives that are made exactly once: one thread makes, those that race with it wait.
 
 Making a representative runs the user's code, and a finaliser that the garbage collector runs may call any
-object between any two steps of this file. So nothing here holds a lock of its own: each step is one operation
-on a dictionary, which Python makes atomic. What could deadlock is found before anyone waits: a representative
-whose creation calls its own object, and objects whose creations call each other in a circle, on one thread or
-on several.
+object between any two steps of this file. So the lock of an object's representatives is an entry in a dictionary,
+taken by one operation that Python makes atomic, with the name of its holder in it. What could deadlock is found before
+anyone waits: a representative whose creation calls its own object, and objects whose creations call each other in a
+circle, on one thread or on several.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from k42.errors import Error
 
 
-class _Making:
-    """A representative that a thread makes now; `done` is locked until it has."""
+class _Holder:
+    """The thread that holds the lock of an object's representatives; `done` is locked until it lets go."""
 
-    __slots__ = ("done", "thread")
+    __slots__ = ("done", "making", "thread")
 
     def __init__(self, thread: int) -> None:
         self.thread = thread
+        self.making: list[Hashable] = []
         self.done = threading.Lock()
         self.done.acquire()
 
 
-# Which thread waits for what.
-_waits: dict[int, tuple[Reps, Hashable]] = {}
+# Which thread waits for which object's representatives.
+_waits: dict[int, Reps] = {}
+# The thread that lived through a fork, in the child: all other holders and waiters are gone.
+_forked: set[int] = set()
+
+
+def _after_fork_in_child() -> None:
+    _waits.clear()
+    _forked.clear()
+    _forked.add(threading.get_ident())
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Reps:
-    """The representatives of one object by key: a processor, a cluster, or the one key of all."""
+    """The representatives of one object by key: a processor, a cluster, a partition, or the one key of all."""
 
-    __slots__ = ("_made", "_making")
+    __slots__ = ("_held", "_made")
 
     def __init__(self) -> None:
         self._made: dict[Hashable, Any] = {}
-        self._making: dict[Hashable, _Making] = {}
+        self._held: dict[None, _Holder] = {}  # the lock; order: before every lock of the objects themselves
 
     def all(self) -> tuple[Any, ...]:
         """Return the representatives, those made so far."""
         return tuple(self._made.copy().values())  # copy() is atomic, an iteration is not
+
+    def items(self) -> tuple[tuple[Hashable, Any], ...]:
+        """Return the keys and representatives."""
+        return tuple(self._made.copy().items())
 
     def clear(self) -> None:
         """Forget all representatives."""
@@ -54,33 +72,52 @@ class Reps:
         If `make` raises, so does this, for the caller that made; one of those that wait tries next.
         Raises `Error` where waiting would never end; `what` names the object in its message.
         """
-        me = threading.get_ident()
-        mine = _Making(me)
-        while True:
-            making = self._making.setdefault(key, mine)
-            if making is not mine:
-                self._wait(me, key, making, what)
-                continue
-            try:
-                if key not in self._made:
+        made = self._made.get(key)
+        if made is not None:
+            return made
+        with self.locked(what) as holder:
+            if key in holder.making:
+                raise _circle(what)
+            if key not in self._made:
+                holder.making.append(key)
+                try:
                     self._made[key] = make()
-                return self._made[key]
-            finally:
-                del self._making[key]
-                mine.done.release()
+                finally:
+                    holder.making.pop()
+            return self._made[key]
 
-    def _wait(self, me: int, key: Hashable, making: _Making, what: str) -> None:
-        """Wait until `key` is made or has failed; raise if whoever makes it waits for this thread."""
+    @contextlib.contextmanager
+    def locked(self, what: str) -> Iterator[_Holder]:
+        """Hold the lock: no representative is made but by the calling thread, which may take it again.
+
+        Raises `Error` where waiting for it would never end; `what` names the object in its message.
+        """
+        me = threading.get_ident()
+        mine = _Holder(me)
+        while (holder := self._held.setdefault(None, mine)) is not mine:
+            if holder.thread == me:
+                yield holder
+                return
+            if _forked and holder.thread not in _forked and holder.thread not in _threads():
+                if self._held.get(None) is holder:
+                    del self._held[None]
+                continue
+            self._wait(me, holder, what)
+        try:
+            yield mine
+        finally:
+            del self._held[None]
+            mine.done.release()
+
+    def _wait(self, me: int, holder: _Holder, what: str) -> None:
+        """Wait until the holder lets go; raise if it waits for this thread."""
         outer = _waits.get(me)  # this call came from a finaliser that ran within another one
         # First say it, then look: of the threads that close a circle, the last to say so sees all of it.
-        _waits[me] = (self, key)
+        _waits[me] = self
         try:
-            if self._leads_to(me, key):
-                raise Error(
-                    f"creating a representative of {what} calls {what} itself, which has none yet: "
-                    "use self and self.root there, not the reference"
-                )
-            with making.done:
+            if self._leads_to(me):
+                raise _circle(what)
+            with holder.done:
                 pass
         finally:
             if outer is None:
@@ -88,18 +125,28 @@ class Reps:
             else:
                 _waits[me] = outer
 
-    def _leads_to(self, me: int, key: Hashable) -> bool:
-        """Whether the thread that makes `key`, or one that it waits for, waits for thread `me` in the end."""
+    def _leads_to(self, me: int) -> bool:
+        """Whether the thread that holds this lock, or one that it waits for, waits for thread `me` in the end."""
         reps: Reps = self
-        wanted = key
         for _ in range(len(_waits) + 1):  # a circle without this thread is not ours to report
-            making = reps._making.get(wanted)
-            if making is None:
+            holder = reps._held.get(None)
+            if holder is None:
                 return False
-            if making.thread == me:
+            if holder.thread == me:
                 return True
-            waits = _waits.get(making.thread)
+            waits = _waits.get(holder.thread)
             if waits is None:
                 return False
-            reps, wanted = waits
+            reps = waits
         return False
+
+
+def _threads() -> set[int | None]:
+    return {thread.ident for thread in threading.enumerate()}
+
+
+def _circle(what: str) -> Error:
+    return Error(
+        f"creating a representative of {what} calls {what} itself, which has none yet: "
+        "use self and self.root there, not the reference"
+    )

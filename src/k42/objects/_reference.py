@@ -15,6 +15,7 @@ from types import GetSetDescriptorType, MemberDescriptorType, MethodDescriptorTy
 from typing import Any
 
 from k42 import _native
+from k42.objects._suspended import suspended
 
 _KEY = "_k42_reference_type"
 # Protects the setting of _KEY; innermost. Reentrant: a finaliser that the collector runs under it may create.
@@ -33,8 +34,12 @@ _NOT_FORWARDED = (frozenset(dir(object)) - {"__str__", "__format__", "__lt__", "
     *("__del__", "__dict__", "__firstlineno__", "__getattr__", "__getnewargs__", "__getnewargs_ex__"),
     *("__match_args__", "__module__", "__orig_bases__", "__parameters__", "__qualname__", "__set_name__"),
     *("__setstate__", "__slots__", "__static_attributes__", "__type_params__", "__weakref__"),
-    *("_abc_impl", _KEY),
+    *("_abc_impl", "export_state", "import_state", "on_release", "transfers", _KEY),
 }
+
+
+# What a generated type has besides.
+_OWN = frozenset(("__slots__", "__doc__", "__module__", "__qualname__", "__class__"))
 
 
 def reference_type(cls: type, base: type) -> type:
@@ -49,6 +54,11 @@ def reference_type(cls: type, base: type) -> type:
                 setattr(cls, _KEY, made)
     assert isinstance(made, type)
     return made
+
+
+def interface_of(references: type) -> frozenset[str]:
+    """Return the names of the methods and other attributes that a type of references has of its class."""
+    return frozenset(references.__dict__) - _OWN
 
 
 def _generate(cls: type, base: type) -> type:
@@ -67,8 +77,8 @@ def _generate(cls: type, base: type) -> type:
         "__doc__": cls.__doc__,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
-        # Type checkers see the class itself: so does isinstance().
-        "__class__": property(lambda _: cls),
+        # Type checkers see the class itself: so does isinstance(), and after a swap what the object is now.
+        "__class__": property(lambda ref: _native.class_of(ref, cls)),
     }
     made = type(cls.__name__, (_native.Reference,), namespace)
     interfaces = set()
@@ -90,6 +100,6 @@ def _descriptor(cls: type, name: str, value: Any) -> Any:
     if isinstance(value, type):
         return value
     if callable(value) and hasattr(type(value), "__get__"):
-        return _native.Method(name, value, cls)
+        return _native.Method(name, value, cls, suspended(value))
     settable = hasattr(type(value), "__set__") and (not isinstance(value, property) or value.fset is not None)
     return _native.Attribute(name, settable)

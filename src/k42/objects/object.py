@@ -18,9 +18,15 @@ class Object:
     derived from `SharedRoot` (one for all processors, the default) or `DistributedRoot` (one for each). The
     methods find it as `self.root`. `__init__` takes no arguments: it runs at the first call on a processor.
 
-    A method that returns `self` returns the reference to its caller. The body of a generator or a coroutine
-    runs after the call that made it, outside of its request. References compare and hash by identity, cannot
-    be pickled, and have the attributes of the class, not those of a representative (for these see `local`).
+    A method that returns `self` returns the reference to its caller. The request of a generator or a coroutine lasts
+    until it has ended or is closed; that of any other call until it returns. References compare and hash by identity,
+    cannot be pickled, and have the attributes of the class, not those of a representative (for these see `local`).
+
+    A representative that has a method `on_release()` gets it called once, after the object has been destroyed and
+    nobody uses it any more, by the thread that owns its processor (see `destroy`). A class whose objects can be
+    swapped for those of another implementation names the forms of its state in `transfers`, the best first, and has
+    `export_state(form)` and `import_state(form, states)`, in its representatives, its root or both (see `swap`). None
+    of these is a method of the references.
 
     Section 2.2 of the paper.
 
@@ -46,6 +52,7 @@ class Object:
     __slots__ = ("__weakref__", "root")
 
     Root: ClassVar[type[_Root]] = SharedRoot
+    transfers: ClassVar[tuple[str, ...]] = ()
 
     root: Any
 

@@ -50,6 +50,8 @@ class Counter(Object):
 
     __slots__ = ()
 
+    transfers = ("count",)  # the count, an int
+
     @classmethod
     def create(cls, start: int = 0) -> Self:
         """Create a counter and return the reference to it; `Counter` itself creates a `DistributedCounter`.
@@ -119,6 +121,14 @@ class SharedCounter(Counter):
         def __init__(self, start: int = 0) -> None:
             self.count = _native.SharedCount(start)
 
+        def export_state(self, form: str) -> int:
+            """Return the count."""
+            return self.count.value()
+
+        def import_state(self, form: str, state: int) -> None:
+            """Count from there."""
+            self.count = _native.SharedCount(state)
+
         def create_rep(self) -> _native.SharedCount:
             """Return the count, which is the representative of all processors."""
             return self.count
@@ -136,6 +146,14 @@ class AtomicCounter(Counter):
 
         def __init__(self, start: int = 0) -> None:
             self.count = _native.AtomicCount(start)
+
+        def export_state(self, form: str) -> int:
+            """Return the count."""
+            return self.count.value()
+
+        def import_state(self, form: str, state: int) -> None:
+            """Count from there."""
+            self.count = _native.AtomicCount(state)
 
         def create_rep(self) -> _native.AtomicCount:
             """Return the count, which is the representative of all processors."""
@@ -158,6 +176,14 @@ class PackedCounter(Counter):
         def __init__(self, start: int = 0) -> None:
             self.count = _native.PackedCount(start)
 
+        def export_state(self, form: str) -> int:
+            """Return the count: the start and all parts."""
+            return self.count.value()
+
+        def import_state(self, form: str, state: int) -> None:
+            """Count from there, each processor's part from 0."""
+            self.count = _native.PackedCount(state)
+
         def create_rep(self) -> _native.PackedPart:
             """Return the calling processor's part, the next one of the array."""
             return self.count.join()
@@ -175,6 +201,14 @@ class DistributedCounter(Counter):
 
         def __init__(self, start: int = 0) -> None:
             self.count = _native.PaddedCount(start)
+
+        def export_state(self, form: str) -> int:
+            """Return the count: the start and all parts."""
+            return self.count.value()
+
+        def import_state(self, form: str, state: int) -> None:
+            """Count from there, each processor's part from 0."""
+            self.count = _native.PaddedCount(state)
 
         def create_rep(self) -> _native.PaddedPart:
             """Return the calling processor's part, made by the thread that uses it, in memory near to it."""
