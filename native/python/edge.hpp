@@ -63,6 +63,7 @@ inline PyTypeObject* add_type(PyObject* module, PyType_Spec* spec, PyTypeObject*
 // One function a file of the edge: adds its type or functions to the module; -1 with an exception set.
 int add_reference(PyObject* module);
 int add_counter(PyObject* module);
+int add_pool(PyObject* module);
 int add_allocator(PyObject* module);
 int add_vm(PyObject* module);           // Linux only
 int add_experiments(PyObject* module);  // Linux only

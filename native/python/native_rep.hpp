@@ -27,12 +27,13 @@ struct NativeRepObject {
     PyObject_HEAD const NativeMethod* methods;  // in the order of the interface's names
 };
 
-// A representative that holds one C++ value.
+// A representative that holds one C++ value. Values that have `traverse` take part in garbage collection.
 template <typename T>
 struct NativeRep : NativeRepObject {
     T value;
 
     static inline PyTypeObject* type = nullptr;
+    static constexpr bool collected = requires(T& v, visitproc visit, void* arg) { v.traverse(visit, arg); };
 
     static T& of(PyObject* self) { return reinterpret_cast<NativeRep*>(self)->value; }
 
@@ -47,9 +48,17 @@ struct NativeRep : NativeRepObject {
 
     static void dealloc(PyObject* self) {
         PyTypeObject* of_self = Py_TYPE(self);
+        if constexpr (collected) PyObject_GC_UnTrack(self);
         of(self).~T();
         of_self->tp_free(self);
         Py_DECREF(of_self);
+    }
+
+    static int traverse(PyObject* self, visitproc visit, void* arg)
+        requires collected
+    {
+        Py_VISIT(Py_TYPE(self));
+        return of(self).traverse(visit, arg);
     }
 };
 
@@ -82,14 +91,21 @@ PyTypeObject* add_interface(PyObject* module, const char* name, const char* doc,
 template <typename T>
 PyTypeObject* add_rep(PyObject* module, const char* name, const char* doc, PyTypeObject* interface,
                       newfunc create = nullptr) {
-    PyType_Slot slots[] = {
+    PyType_Slot slots[5] = {
         {Py_tp_dealloc, reinterpret_cast<void*>(NativeRep<T>::dealloc)},
         {Py_tp_doc, const_cast<char*>(doc)},
-        {create ? Py_tp_new : 0, reinterpret_cast<void*>(create)},
-        {0, nullptr},
     };
-    const unsigned long flags =
-        Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | (create ? 0 : Py_TPFLAGS_DISALLOW_INSTANTIATION);
+    PyType_Slot* next = slots + 2;  // zeroes end the list
+    unsigned long flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE;
+    if (create) {
+        *next++ = {Py_tp_new, reinterpret_cast<void*>(create)};
+    } else {
+        flags |= Py_TPFLAGS_DISALLOW_INSTANTIATION;
+    }
+    if constexpr (NativeRep<T>::collected) {
+        *next++ = {Py_tp_traverse, reinterpret_cast<void*>(NativeRep<T>::traverse)};
+        flags |= Py_TPFLAGS_HAVE_GC;
+    }
     PyType_Spec spec = {name, sizeof(NativeRep<T>), 0, static_cast<unsigned>(flags), slots};
     return NativeRep<T>::type = add_type(module, &spec, interface);
 }

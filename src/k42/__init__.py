@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from k42.errors import Destroyed, Error, SwapRefused
+from k42.errors import Destroyed, Error, PoolExhausted, SwapRefused
 from k42.objects import (
     Call,
     ClusteredRoot,
@@ -33,6 +33,7 @@ __all__ = [
     "Interposition",
     "Object",
     "PartitionedRoot",
+    "PoolExhausted",
     "Root",
     "SharedRoot",
     "SwapRefused",

@@ -13,3 +13,7 @@ class Destroyed(Error, ReferenceError):
 
 class SwapRefused(Error):
     """A swap that did not happen: the object is as it was. The message says what was in the way."""
+
+
+class PoolExhausted(Error):
+    """All items of a pool are taken, and it may not make more."""

@@ -3,5 +3,16 @@
 from __future__ import annotations
 
 from k42.structures.counter import AtomicCounter, Counter, DistributedCounter, PackedCounter, SharedCounter
+from k42.structures.pool import DistributedPool, Pool, PoolStat, SharedPool
 
-__all__ = ["AtomicCounter", "Counter", "DistributedCounter", "PackedCounter", "SharedCounter"]
+__all__ = [
+    "AtomicCounter",
+    "Counter",
+    "DistributedCounter",
+    "DistributedPool",
+    "PackedCounter",
+    "Pool",
+    "PoolStat",
+    "SharedCounter",
+    "SharedPool",
+]
