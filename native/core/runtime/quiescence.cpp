@@ -57,8 +57,7 @@ void Mark::watch() {
     for (auto& [p, requests] : waiting_) p->watched.store(true, std::memory_order_relaxed);
 }
 
-void synchronize() {
-    Mark mark = Mark::take();
+static void wait_for(Mark mark) {
     if (Processor* p = current_or_null()) mark.forget(*p);
     // Requests are short; those that are not leave the CPU to others.
     for (int turn = 0; !mark.elapsed(); ++turn) {
@@ -69,5 +68,9 @@ void synchronize() {
         }
     }
 }
+
+void synchronize() { wait_for(Mark::take()); }
+
+void synchronize(const std::vector<Processor*>& processors) { wait_for(Mark::take(processors)); }
 
 }  // namespace k42::runtime

@@ -41,4 +41,7 @@ class Mark {
 // Returns when every request that runs now on another processor has ended. Never waits for the caller's own.
 void synchronize();
 
+// The same for the requests on these processors alone.
+void synchronize(const std::vector<Processor*>& processors);
+
 }  // namespace k42::runtime

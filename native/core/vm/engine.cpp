@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "runtime/quiescence.hpp"
 #include "vm/region.hpp"
 
 namespace k42::vm {
@@ -96,15 +97,16 @@ void Engine::remove(UffdHat* hat) {
 }
 
 void Engine::synchronize() {
+    std::vector<runtime::Processor*> processors;
     for (auto& server : servers_) {
-        const uint64_t mark = server->passes.load(std::memory_order_seq_cst);
-        if ((mark & 1) == 0) continue;
-        while (server->passes.load(std::memory_order_seq_cst) == mark) sched_yield();
+        if (auto* p = server->processor.load(std::memory_order_seq_cst)) processors.push_back(p);
     }
+    runtime::synchronize(processors);
 }
 
 void Engine::serve(int cpu) {
     Server& server = *servers_[cpu];
+    server.processor.store(&runtime::current(), std::memory_order_seq_cst);
     cpu_set_t here;
     CPU_ZERO(&here);
     CPU_SET(cpus_[cpu], &here);
@@ -146,7 +148,8 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
         }
         return;
     }
-    server.passes.fetch_add(1, std::memory_order_seq_cst);
+    runtime::Processor& processor = runtime::current();
+    runtime::enter(processor);
     uint64_t finished = 0;
     const auto count = uint64_t(size) / sizeof(uffd_msg);
     for (uint64_t i = 0; i < count; ++i) {
@@ -172,7 +175,8 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
     add(server.faults, count);
     add(server.finished, finished);
     add(server.handed_up, count - finished);
-    server.passes.fetch_add(1, std::memory_order_release);
+    // Server threads call no Clustered Object, so no deferred destruction waits for them.
+    (void)runtime::leave(processor);
 }
 
 bool Engine::handle(const FaultAt& fault) {

@@ -16,6 +16,7 @@
 #include <thread>
 #include <vector>
 
+#include "runtime/processor.hpp"
 #include "vm/affinity.hpp"
 #include "vm/file_cache.hpp"
 #include "vm/hat.hpp"
@@ -74,7 +75,7 @@ class Engine {
     struct alignas(64) Server {
         explicit Server(int cpu) : affinity(cpu) {}
 
-        std::atomic<uint64_t> passes{0};  // odd while it handles faults
+        std::atomic<runtime::Processor*> processor{nullptr};  // its thread's: handling faults is a request there
         std::atomic<uint64_t> faults{0}, finished{0}, handed_up{0}, kept{0};
         StickyAffinity affinity;
         int epoll = -1;
