@@ -604,12 +604,18 @@ def serve(
     if all_cpus:
         os.sched_setaffinity(0, range(os.cpu_count() or 1))  # Linux leaves out what is not ours to use
     path = Path(socket) if socket else protocol.default_socket()
-    kernel = Kernel(path, default_budget() if budget is None else budget, linger)
+    endings = {signal.SIGINT, signal.SIGTERM}
+    # Between the making of the socket and the handlers a signal would leave it behind: it waits.
+    signal.pthread_sigmask(signal.SIG_BLOCK, endings)
+    try:
+        kernel = Kernel(path, default_budget() if budget is None else budget, linger)
 
-    def on_signal(number: int, _: object) -> None:
-        log.info("%s: ending", signal.Signals(number).name)
-        kernel.stop()
+        def on_signal(number: int, _: object) -> None:
+            log.info("%s: ending", signal.Signals(number).name)
+            kernel.stop()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+        for number in endings:
+            signal.signal(number, on_signal)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, endings)
     kernel.run()
