@@ -5,9 +5,9 @@
 #include <memory>
 
 #include "arguments.hpp"
-#include "structures/frame_pool.hpp"
 #include "vm/engine.hpp"
 #include "vm/file_cache.hpp"
+#include "vm/frame_pool.hpp"
 #include "vm/hat.hpp"
 #include "vm/region.hpp"
 
@@ -18,10 +18,10 @@ struct RegionMapValue {
 };
 struct FramePoolValue {
     explicit FramePoolValue(uint64_t budget) : pool(budget) {}
-    FramePool pool;
+    vm::FramePool pool;
 };
 struct FileCacheValue {
-    FileCacheValue(Ref pool_, FramePool* frames, int memfd, uint64_t pages, vm::Fill fill, Backing backing)
+    FileCacheValue(Ref pool_, vm::FramePool* frames, int memfd, uint64_t pages, vm::Fill fill, vm::Backing backing)
         : pool(std::move(pool_)), cache(frames, memfd, pages, fill, backing) {}
     Ref pool;
     vm::FileCache cache;

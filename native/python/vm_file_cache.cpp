@@ -38,11 +38,11 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     if (!unpack_new("FileCache", args, kwargs, pool, memfd, pages, fill, backing)) return nullptr;
     FramePoolValue* frames = checked<FramePoolValue>(pool, vm_types.frame_pool);
     if (!frames) return nullptr;
-    if (fill > uint32_t(vm::Fill::store) || backing > uint32_t(Backing::overcommitted) || pages == 0) {
+    if (fill > uint32_t(vm::Fill::store) || backing > uint32_t(vm::Backing::overcommitted) || pages == 0) {
         PyErr_SetString(PyExc_ValueError, "no such fill or backing, or no pages");
         return nullptr;
     }
-    return Self::make(type, Ref::borrow(pool), &frames->pool, memfd, pages, vm::Fill(fill), Backing(backing));
+    return Self::make(type, Ref::borrow(pool), &frames->pool, memfd, pages, vm::Fill(fill), vm::Backing(backing));
 }
 
 PyObject* resolve(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {

@@ -7,14 +7,14 @@ namespace {
 
 using Self = Holder<FramePoolValue>;
 
-FramePool& pool_of(PyObject* self) { return Self::of(self).pool; }
+vm::FramePool& pool_of(PyObject* self) { return Self::of(self).pool; }
 
-bool to_backing(uint32_t number, Backing& out) {
-    if (number > uint32_t(Backing::overcommitted)) {
+bool to_backing(uint32_t number, vm::Backing& out) {
+    if (number > uint32_t(vm::Backing::overcommitted)) {
         PyErr_SetString(PyExc_ValueError, "no such backing");
         return false;
     }
-    out = Backing(number);
+    out = vm::Backing(number);
     return true;
 }
 
@@ -50,7 +50,7 @@ PyObject* promise_file(PyObject* self, PyObject* const* args, Py_ssize_t nargs) 
 PyObject* allocate(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t frames;
     uint32_t number;
-    Backing backing;
+    vm::Backing backing;
     if (!unpack("allocate", args, nargs, frames, number) || !to_backing(number, backing)) return nullptr;
     return PyLong_FromLong(long(pool_of(self).allocate(frames, backing)));
 }
@@ -58,7 +58,7 @@ PyObject* allocate(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 PyObject* release(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t frames;
     uint32_t number;
-    Backing backing;
+    vm::Backing backing;
     if (!unpack("release", args, nargs, frames, number) || !to_backing(number, backing)) return nullptr;
     pool_of(self).release(frames, backing);
     Py_RETURN_NONE;
@@ -79,7 +79,7 @@ PyObject* wait(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 }
 
 PyObject* usage(PyObject* self, PyObject*) {
-    const FramePool::Usage u = pool_of(self).usage();
+    const vm::FramePool::Usage u = pool_of(self).usage();
     return Py_BuildValue("{sKsKsKsKsKsK}", "budget", u.budget, "file", u.file, "reserved", u.reserved, "overcommitted",
                          u.overcommitted, "promised_anonymous", u.promised_anonymous, "promised_file", u.promised_file);
 }

@@ -6,11 +6,12 @@
 #include <optional>
 
 #include "check.hpp"
-#include "structures/frame_pool.hpp"
 #include "structures/page_table.hpp"
+#include "vm/frame_pool.hpp"
 
 using namespace k42;
 using namespace k42::testing;
+using namespace k42::vm;
 
 namespace {
 

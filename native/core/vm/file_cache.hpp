@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "structures/frame_pool.hpp"
 #include "structures/page_table.hpp"
+#include "vm/frame_pool.hpp"
 #include "vm/hat.hpp"
 
 namespace k42::vm {

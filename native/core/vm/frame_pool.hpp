@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <mutex>
 
-namespace k42 {
+namespace k42::vm {
 
 // Who stands behind a page: a file that can give it back at any time, or anonymous memory.
 enum class Backing : uint8_t { file, reserved, overcommitted };
@@ -118,4 +118,4 @@ class FramePool {
     uint64_t changes_ = 0;  // releases and announcements, for wait()
 };
 
-}  // namespace k42
+}  // namespace k42::vm
