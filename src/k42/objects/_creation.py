@@ -75,7 +75,8 @@ class Reps:
         made = self._made.get(key)
         if made is not None:
             return made
-        with self.locked(what) as holder:
+        holder, mine = self._lock(what)
+        try:
             if key in holder.making:
                 raise _circle(what)
             if key not in self._made:
@@ -85,29 +86,40 @@ class Reps:
                 finally:
                     holder.making.pop()
             return self._made[key]
+        finally:
+            if mine:
+                self._unlock(holder)
 
     @contextlib.contextmanager
-    def locked(self, what: str) -> Iterator[_Holder]:
+    def locked(self, what: str) -> Iterator[None]:
         """Hold the lock: no representative is made but by the calling thread, which may take it again.
 
         Raises `Error` where waiting for it would never end; `what` names the object in its message.
         """
+        holder, mine = self._lock(what)
+        try:
+            yield
+        finally:
+            if mine:
+                self._unlock(holder)
+
+    def _lock(self, what: str) -> tuple[_Holder, bool]:
+        """Take the lock; False with it where this thread has it already."""
         me = threading.get_ident()
         mine = _Holder(me)
         while (holder := self._held.setdefault(None, mine)) is not mine:
             if holder.thread == me:
-                yield holder
-                return
+                return holder, False
             if _forked and holder.thread not in _forked and holder.thread not in _threads():
                 if self._held.get(None) is holder:
                     del self._held[None]
                 continue
             self._wait(me, holder, what)
-        try:
-            yield mine
-        finally:
-            del self._held[None]
-            mine.done.release()
+        return mine, True
+
+    def _unlock(self, holder: _Holder) -> None:
+        del self._held[None]
+        holder.done.release()
 
     def _wait(self, me: int, holder: _Holder, what: str) -> None:
         """Wait until the holder lets go; raise if it waits for this thread."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, TypeVar
 
 from k42.objects import processors
@@ -136,7 +136,8 @@ class Root:
 
     def _released(self) -> None:
         """Break the cycles, once nobody uses the object (the runtime calls it)."""
-        self._reps.clear()
+        with suppress(AttributeError):  # of one that nobody called
+            self._made.clear()
 
     def _rep_of(self, key: Hashable) -> Any:
         return self._reps.once(key, self.create_rep, self._name())
