@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from k42.errors import Destroyed, Error, PoolExhausted, SwapRefused
+from k42.errors import Destroyed, Error, GateClosed, PoolExhausted, SwapRefused
 from k42.objects import (
     Call,
     ClusteredRoot,
@@ -30,6 +30,7 @@ __all__ = [
     "Destroyed",
     "DistributedRoot",
     "Error",
+    "GateClosed",
     "Interposition",
     "Object",
     "PartitionedRoot",

@@ -17,3 +17,7 @@ class SwapRefused(Error):
 
 class PoolExhausted(Error):
     """All items of a pool are taken, and it may not make more."""
+
+
+class GateClosed(Error):
+    """A request at a gate that has been shut down."""

@@ -23,6 +23,7 @@
 #include <mutex>
 #include <utility>
 
+#include "alloc/allocator.hpp"
 #include "runtime/processor.hpp"
 #include "structures/futex.hpp"
 
@@ -125,9 +126,8 @@ class GateControl {
         return entry;
     }
 
-    // The state in the upper three bits; in the rest, the requests inside a SharedGate. On lines of its own: the parts
-    // of a DistributedGate read it at each request.
-    alignas(runtime::apart) std::atomic<uint32_t> word_{0};
+    // The state in the upper three bits; in the rest, the requests inside a SharedGate.
+    std::atomic<uint32_t> word_{0};
     // Requests that wait for a restart, or have been woken by one and are not in yet. Written at stopped gates alone.
     std::atomic<uint32_t> waiting_{0};
 
@@ -209,11 +209,14 @@ class SharedGate : public GateControl<SharedGate> {
 
 // A count for each processor. It must outlive the calls of `leave`, which look at the state when their request is
 // outside already: after a shutdown, free it by `retire`, if they are made within requests of the runtime.
-class DistributedGate : public GateControl<DistributedGate> {
+// On lines of its own, because every request reads the word.
+class alignas(runtime::apart) DistributedGate : public GateControl<DistributedGate> {
   public:
     // By the owner of the processor alone.
     class alignas(runtime::apart) Part {
       public:
+        Part(DistributedGate& gate, Part* next) : gate_(gate), next_(next) {}
+
         // Never waits.
         Entry try_enter() {
             const uint32_t inside = inside_.load(std::memory_order_relaxed);
@@ -256,8 +259,6 @@ class DistributedGate : public GateControl<DistributedGate> {
         // count it.
         static constexpr uint32_t kTrying = 1u << 31;
 
-        explicit Part(DistributedGate& gate, Part* next) : gate_(gate), next_(next) {}
-
         std::atomic<uint32_t> inside_{0};
         DistributedGate& gate_;
         Part* const next_;
@@ -268,13 +269,13 @@ class DistributedGate : public GateControl<DistributedGate> {
     DistributedGate& operator=(const DistributedGate&) = delete;
     ~DistributedGate() {
         Part* part = parts_.load(std::memory_order_relaxed);
-        while (part) delete std::exchange(part, part->next_);
+        while (part) alloc::destroy(std::exchange(part, part->next_));
     }
 
     // A new part, for the processor of the caller: made by the thread that will use it, so that its memory is near.
     Part& join() {
         std::lock_guard guard(lock_);
-        auto* part = new Part(*this, parts_.load(std::memory_order_relaxed));
+        auto* part = alloc::make<Part, alloc::Kind::padded>(*this, parts_.load(std::memory_order_relaxed));
         parts_.store(part, std::memory_order_release);  // complete for whoever drains or counts
         return *part;
     }

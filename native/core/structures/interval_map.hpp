@@ -24,14 +24,15 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <iterator>
 #include <map>
 #include <mutex>
-#include <new>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "alloc/allocator.hpp"
 #include "runtime/processor.hpp"
 
 namespace k42 {
@@ -45,6 +46,20 @@ struct Interval {
     bool operator==(const Interval&) const = default;
 };
 
+// Memory of the processor that asks: what replicas consist of shares no line with what others have.
+template <class T>
+struct LocalAllocator {
+    using value_type = T;
+
+    LocalAllocator() = default;
+    template <class U>
+    LocalAllocator(const LocalAllocator<U>&) {}
+
+    T* allocate(size_t n) { return static_cast<T*>(alloc::allocate(n * sizeof(T))); }
+    void deallocate(T* p, size_t) noexcept { alloc::deallocate(p); }
+    bool operator==(const LocalAllocator&) const = default;
+};
+
 // Disjoint intervals in order, each with its end and something else; used by one thread at a time.
 template <class Payload>
 class IntervalTree {
@@ -53,7 +68,8 @@ class IntervalTree {
         uint64_t end;
         Payload payload;
     };
-    using Nodes = std::map<uint64_t, Node>;  // by start; what is in it does not move
+    // By start; what is in it does not move.
+    using Nodes = std::map<uint64_t, Node, std::less<>, LocalAllocator<std::pair<const uint64_t, Node>>>;
     using Position = typename Nodes::iterator;
 
     // The interval that contains `key`, or `end()`.
@@ -185,6 +201,8 @@ class ReplicatedIntervalMap {
     // The intervals that one processor has looked up; by the owner of the processor alone.
     class alignas(runtime::apart) Replica {
       public:
+        Replica(ReplicatedIntervalMap& map, Replica* next) : map_(map), next_(next) {}
+
         std::optional<Interval> lookup(uint64_t key) {
             const auto found = copies_.find(key);
             if (found != copies_.end()) {
@@ -201,8 +219,6 @@ class ReplicatedIntervalMap {
 
       private:
         friend ReplicatedIntervalMap;
-        Replica(ReplicatedIntervalMap& map, Replica* next) : map_(map), next_(next) {}
-
         using Position = typename IntervalTree<Copy>::Position;
 
         Position erase(Position position) {
@@ -243,13 +259,13 @@ class ReplicatedIntervalMap {
     ReplicatedIntervalMap(const ReplicatedIntervalMap&) = delete;
     ReplicatedIntervalMap& operator=(const ReplicatedIntervalMap&) = delete;
     ~ReplicatedIntervalMap() {
-        while (replicas_) delete std::exchange(replicas_, replicas_->next_);
+        while (replicas_) alloc::destroy(std::exchange(replicas_, replicas_->next_));
     }
 
     // A new replica, for the processor of the caller: made by the thread that will use it, so that its memory is near.
     Replica& join() {
         std::lock_guard guard(lock_);
-        return *(replicas_ = new Replica(*this, replicas_));
+        return *(replicas_ = alloc::make<Replica, alloc::Kind::padded>(*this, replicas_));
     }
 
     // False, and nothing changed, when the range is empty or overlaps another: then `*overlapped` is the first of them.

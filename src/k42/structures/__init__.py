@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from k42.structures.counter import AtomicCounter, Counter, DistributedCounter, PackedCounter, SharedCounter
+from k42.structures.gate import DistributedGate, Gate, SharedGate
 from k42.structures.pool import DistributedPool, Pool, PoolStat, SharedPool
 
 __all__ = [
     "AtomicCounter",
     "Counter",
     "DistributedCounter",
+    "DistributedGate",
     "DistributedPool",
+    "Gate",
     "PackedCounter",
     "Pool",
     "PoolStat",
     "SharedCounter",
+    "SharedGate",
     "SharedPool",
 ]
