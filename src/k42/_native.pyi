@@ -173,6 +173,7 @@ class AllocatorStat(TypedDict):
 
 def allocator_stat() -> AllocatorStat: ...
 def allocator_settle() -> None: ...
+
 # --- structures_gate.cpp
 
 class GateRep(NativeRep):
