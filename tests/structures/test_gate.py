@@ -62,7 +62,10 @@ def state(gate):
 steps = st.lists(
     st.tuples(
         st.sampled_from(
-            "enter enter try_enter leave leave with stop stopped restart restart inside new_thread shutdown".split()
+            [
+                *("enter", "enter", "try_enter", "leave", "leave", "with", "inside"),
+                *("stop", "stopped", "restart", "restart", "shutdown", "new_thread"),
+            ]
         ),
         st.integers(0, 2),
     ),
@@ -515,6 +518,36 @@ def test_state_is_not_transferred_with_requests_inside(implementation):
     assert root.export_state("gate") == "normal"
     with pytest.raises(ValueError, match="no state of a gate"):
         root.import_state("gate", "ajar")
+
+
+@every
+@pytest.mark.parametrize("target", IMPLEMENTATIONS, ids=lambda cls: cls.__name__)
+def test_swapped_while_requests_come(implementation, target):
+    """Whoever swaps a gate stops it first; those who come meanwhile wait, and enter the new one."""
+    gate = implementation.create()
+    done = threading.Event()
+
+    def requests():
+        while not done.is_set():
+            with gate:
+                assert not gate.try_enter() or gate.leave() is None
+
+    def swapper():
+        with pytest.raises(k42.SwapRefused, match=r"\d requests are inside"), gate:
+            k42.swap(gate, target)
+        for _ in range(3):
+            for cls in (target, implementation):
+                with gate.stopped():
+                    k42.swap(gate, cls)
+                    assert isinstance(gate, cls)
+                    assert gate.inside() == 0
+        done.set()
+
+    race(swapper, requests, requests)
+    gate.shutdown()
+    k42.swap(gate, target)
+    assert state(gate) == "shutdown"
+    k42.destroy(gate)
 
 
 def test_an_implementation_in_python():
