@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MAKEFLAGS += --no-print-directory
 
 .DELETE_ON_ERROR:
-.PHONY: help build test demo lint types core format clean $(SANITIZERS:%=core-%)
+.PHONY: help build test demo docs lint types core format clean $(SANITIZERS:%=core-%)
 
 help: ## this list
 	@echo 'usage: make TARGET [PYTHON=/path/to/python]'
@@ -44,6 +44,9 @@ lint: $(VENV)/.lint ## ruff (rules and format) and clang-format, changing nothin
 
 types: $(VENV)/.lint $(VENV)/.built ## mypy, strict
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs $(VENV)/.built ## the reference pages, from the docstrings, in out/docs
+	$(BIN)/pdoc --docformat google --output-directory out/docs k42 k42.objects.processors k42.structures k42.vm k42.testing k42.experiments k42.sim.models
 
 core: $(SANITIZERS:%=core-%) ## the stress programs of tests/core under ThreadSanitizer and AddressSanitizer
 
@@ -78,7 +81,7 @@ $(VENV)/.built: pyproject.toml CMakeLists.txt $(NATIVE) $(BIN)/python
 	@touch $@
 
 # The tools of the checks need no built k42.
-$(VENV)/.lint: pyproject.toml $(BIN)/python
-	$(call requirements,["project"]["optional-dependencies"]["lint"]) > $@.txt
+$(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: pyproject.toml $(BIN)/python
+	$(call requirements,["project"]["optional-dependencies"]["$*"]) > $@.txt
 	$(BIN)/pip install --quiet -r $@.txt
 	@touch $@
