@@ -64,6 +64,7 @@ inline PyTypeObject* add_type(PyObject* module, PyType_Spec* spec, PyTypeObject*
 int add_reference(PyObject* module);
 int add_counter(PyObject* module);
 int add_pool(PyObject* module);
+int add_map(PyObject* module);
 int add_allocator(PyObject* module);
 int add_gate(PyObject* module);
 int add_vm(PyObject* module);           // Linux only

@@ -63,6 +63,17 @@ inline void share([[maybe_unused]] PyObject* o) {
 #endif
 }
 
+// Whether nobody counts the references to `o`.
+inline bool is_immortal([[maybe_unused]] PyObject* o) {
+#if PY_VERSION_HEX >= 0x030E0000
+    return PyUnstable_IsImmortal(o);
+#elif PY_VERSION_HEX >= 0x030C0000
+    return _Py_IsImmortal(o);
+#else
+    return false;
+#endif
+}
+
 // Keeps the exception that is set, if any, while other Python code runs.
 class SavedError {
   public:

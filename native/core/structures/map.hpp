@@ -217,27 +217,7 @@ class Map {
     // Everything is gone, at one moment.
     void empty() {
         Changed changed(policy_);
-        std::vector<Partition*> partitions;
-        partitions.reserve(master_.partitions());
-        for (size_t i = 0; i < master_.partitions(); ++i) {
-            if (Partition* partition = master_.partition(i)) partitions.push_back(partition);
-        }
-        std::sort(partitions.begin(), partitions.end());  // the order of their locks
-        std::vector<std::unique_ptr<Guard>> guards;
-        guards.reserve(partitions.size());
-        size_t replicas = 0;
-        for (Partition* partition : partitions) {
-            guards.push_back(std::make_unique<Guard>(partition->lock));
-            replicas += partition->replicas();
-        }
-        changed.replicas.reserve(replicas);
-        for (Partition* partition : partitions) {
-            Entry* emptied = partition->empty(changed.replicas);
-            while (emptied) {
-                Entry* entry = std::exchange(emptied, emptied->next);
-                entry->next = std::exchange(changed.entries, entry);
-            }
-        }
+        empty(changed);
     }
 
     // Keys and values of partition `i` at one moment: visit(key, value) for each, both held. reserve(n) comes first.
@@ -278,7 +258,11 @@ class Map {
 
     // Drops all keys and values. Nobody else uses the map any more.
     void dismantle() {
-        empty();
+        {
+            Changed changed(policy_);
+            changed.alone = true;
+            empty(changed);
+        }
         master_.each_local([&](Local& local) { drop(local.take_all()); });
     }
 
@@ -291,7 +275,7 @@ class Map {
         ~Changed() {
             replicas.each([&](const Displaced::Item& item) {
                 // We are not reading: what was ours goes at once.
-                if (item.processor == runtime::current().id) {
+                if (alone || item.processor == runtime::current().id) {
                     policy.drop_value(item.value);
                 } else {
                     policy.drop_value_later(item.value);
@@ -309,7 +293,32 @@ class Map {
         Displaced replicas;
         void* value = nullptr;
         Entry* entries = nullptr;
+        bool alone = false;  // nobody else uses the map
     };
+
+    void empty(Changed& changed) {
+        std::vector<Partition*> partitions;
+        partitions.reserve(master_.partitions());
+        for (size_t i = 0; i < master_.partitions(); ++i) {
+            if (Partition* partition = master_.partition(i)) partitions.push_back(partition);
+        }
+        std::sort(partitions.begin(), partitions.end());  // the order of their locks
+        std::vector<std::unique_ptr<Guard>> guards;
+        guards.reserve(partitions.size());
+        size_t replicas = 0;
+        for (Partition* partition : partitions) {
+            guards.push_back(std::make_unique<Guard>(partition->lock));
+            replicas += partition->replicas();
+        }
+        changed.replicas.reserve(replicas);
+        for (Partition* partition : partitions) {
+            Entry* emptied = partition->empty(changed.replicas);
+            while (emptied) {
+                Entry* entry = std::exchange(emptied, emptied->next);
+                entry->next = std::exchange(changed.entries, entry);
+            }
+        }
+    }
 
     // act(entry or nullptr) with the lock held; false: the probe failed.
     template <typename Act>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from k42.structures.counter import AtomicCounter, Counter, DistributedCounter, PackedCounter, SharedCounter
 from k42.structures.gate import DistributedGate, Gate, SharedGate
+from k42.structures.map import Map, PartitionedMap, ReplicatedMap, SharedMap
 from k42.structures.pool import DistributedPool, Pool, PoolStat, SharedPool
 
 __all__ = [
@@ -13,10 +14,14 @@ __all__ = [
     "DistributedGate",
     "DistributedPool",
     "Gate",
+    "Map",
     "PackedCounter",
+    "PartitionedMap",
     "Pool",
     "PoolStat",
+    "ReplicatedMap",
     "SharedCounter",
     "SharedGate",
+    "SharedMap",
     "SharedPool",
 ]
