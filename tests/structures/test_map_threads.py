@@ -8,7 +8,9 @@ import threading
 import pytest
 
 import k42
+from k42.sim.models import map as models
 from k42.structures import PartitionedMap, ReplicatedMap, SharedMap
+from k42.testing import History, check, frequent_switches
 
 KINDS = {
     "SharedMap": SharedMap.create,
@@ -368,3 +370,103 @@ def test_one_iterator_for_all(shared):
     taken = [[] for _ in range(4)]
     in_threads(4, lambda i: taken[i].extend(pairs))
     assert sorted(pair for some in taken for pair in some) == [(i, str(i)) for i in range(2000)]
+
+
+# Recorded histories
+
+
+class Specification:
+    """What one thread would see: the model, by the names of the interface."""
+
+    def __init__(self):
+        self.model = models.Map()
+
+    def __getitem__(self, key):
+        return self.model.values[key]
+
+    def __setitem__(self, key, value):
+        self.model.set(0, key, value)
+
+    def __contains__(self, key):
+        return key in self.model.values
+
+    def __len__(self):
+        return len(self.model.values)
+
+    def get(self, key):
+        return self.model.get(0, key)
+
+    def pop(self, key, default):
+        return self.model.pop(0, key) if key in self.model.values else default
+
+    def setdefault(self, key, value):
+        return self.model.setdefault(0, key, value)
+
+    def find_or_allocate(self, key, factory):
+        return self.model.find_or_allocate(0, key, factory)
+
+    def scatter(self, key, fn):
+        return self.model.scatter(0, key, fn)
+
+    def empty(self):
+        self.model.empty(0)
+
+
+def step(m, key, rng, value):
+    try:
+        match rng.randrange(10):
+            case 0 | 1:
+                m[key] = value
+            case 2:
+                m.pop(key, None)
+            case 3:
+                m.setdefault(key, value)
+            case 4:
+                m.find_or_allocate(key, lambda: value)
+            case 5:
+                m.scatter(key, lambda v: v * 2)
+            case 6:
+                m[key]
+            case 7:
+                assert (key in m) in (True, False)
+            case _:
+                m.get(key)
+    except KeyError:
+        pass
+
+
+@pytest.mark.parametrize("make_key", [str, Name], ids=["str", "object"])
+@pytest.mark.parametrize("seed", range(2))
+def test_operations_on_a_key_are_linearizable(shared, make_key, seed):
+    keys = [make_key(k) for k in range(3)]
+    history = History()
+    recorded = history.record(shared)
+
+    def work(i):
+        rng = random.Random(seed * 10 + i)
+        for n in range(60):
+            step(recorded, rng.choice(keys), rng, n * 4 + i + 1)
+
+    with frequent_switches():
+        in_threads(4, work)
+    check(history, Specification, key=lambda operation: operation.args[0])
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_empty_is_one_step(seed, shared):
+    """With all keys in one history: also what empties them all and what counts them is linearizable."""
+    keys = ["a", "b"]
+    history = History()
+    recorded = history.record(shared)
+
+    def work(i):
+        rng = random.Random(seed * 10 + i)
+        for n in range(30):
+            if n % 10 == 7:
+                recorded.empty()
+            else:
+                step(recorded, rng.choice(keys), rng, n * 4 + i + 1)
+
+    with frequent_switches():
+        in_threads(3, work)
+    check(history, Specification)

@@ -10,11 +10,18 @@
 #include <algorithm>
 #include <bit>
 #include <cstddef>
+#include <cstdint>
 #include <new>
 
 #include "alloc/allocator.hpp"
 
 namespace k42 {
+
+// Spreads any hash, one to one: so that a mask chooses well, whatever numbers are hashed.
+inline size_t spread(uint64_t hash) {
+    hash *= 0x9E3779B97F4A7C15ull;
+    return hash ^ hash >> 32;
+}
 
 // A node has a member `next`, which is the table's while the node is in it; `Hash{}(node)` is its hash, of which the
 // low bits must be well mixed.

@@ -21,12 +21,6 @@
 
 namespace k42 {
 
-// Spreads any hash, one to one: neighbouring numbers are good hashes for Python, but not for a mask.
-inline size_t spread(uint64_t hash) {
-    hash *= 0x9E3779B97F4A7C15ull;
-    return hash ^ hash >> 32;
-}
-
 // What a replica's pointer says besides a value, which is even and not null.
 namespace replica {
 inline constexpr uintptr_t empty = 0;     // in no list; its owner may do with it what it likes

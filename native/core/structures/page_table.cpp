@@ -6,15 +6,6 @@
 
 namespace k42 {
 
-namespace {
-
-// Fibonacci hashing: neighbours in a file spread over the buckets.
-size_t slot(uint64_t index, size_t buckets) { return size_t((index * 0x9E3779B97F4A7C15ull) >> 32) & (buckets - 1); }
-
-}  // namespace
-
-PageTable::PageTable() : buckets_(16, nullptr) {}
-
 bool PageTable::try_lock(Page* page) {
     uint32_t seen = page->word.load(std::memory_order_relaxed);
     while (!(seen & Page::kLocked)) {
@@ -24,14 +15,7 @@ bool PageTable::try_lock(Page* page) {
 }
 
 Page* PageTable::find_or_allocate(uint64_t index) {
-    Page*& head = buckets_[slot(index, buckets_.size())];
-    for (Page* page = head; page; page = page->next) {
-        if (page->index == index) return page;
-    }
-    if (size_ == buckets_.size()) {
-        grow();
-        return find_or_allocate(index);
-    }
+    if (Page* page = pages_.find(spread(index), [&](const Page& p) { return p.index == index; })) return page;
     if (!free_) {
         const size_t count = std::clamp<size_t>(slab_pages_, 16, 2048);
         auto slab = std::make_unique<Page[]>(count);
@@ -45,24 +29,8 @@ Page* PageTable::find_or_allocate(uint64_t index) {
     Page* page = free_;
     free_ = page->next;
     page->index = index;
-    page->next = head;
-    head = page;
-    ++size_;
+    pages_.insert(page);
     return page;
-}
-
-void PageTable::grow() {
-    std::vector<Page*> larger(buckets_.size() * 2, nullptr);
-    for (Page* page : buckets_) {
-        while (page) {
-            Page* following = page->next;
-            Page*& head = larger[slot(page->index, larger.size())];
-            page->next = head;
-            head = page;
-            page = following;
-        }
-    }
-    buckets_.swap(larger);
 }
 
 void PageTable::lock(uint64_t first, uint32_t count, Page** out) {
@@ -107,12 +75,9 @@ void PageTable::unlock(Page** pages, uint32_t count) {
     std::lock_guard guard(lock_);
     for (uint32_t i = 0; i < absent; ++i) {
         Page* page = pages[i];
-        Page** link = &buckets_[slot(page->index, buckets_.size())];
-        while (*link != page) link = &(*link)->next;
-        *link = page->next;
+        pages_.remove(page);
         page->next = free_;
         free_ = page;
-        --size_;
         const uint32_t seen = page->word.exchange(0, std::memory_order_release);
         if (seen & Page::kAwaited) futex_wake_all(page->word);
     }
@@ -136,24 +101,21 @@ std::vector<uint64_t> PageTable::take_oldest(size_t count) {
 
 size_t PageTable::size() const {
     std::lock_guard guard(lock_);
-    return size_;
+    return pages_.size();
 }
 
 size_t PageTable::bytes() const {
     std::lock_guard guard(lock_);
-    return sizeof(*this) + buckets_.size() * sizeof(Page*) + slab_pages_ * sizeof(Page) +
-           order_.size() * sizeof(uint64_t);
+    return sizeof(*this) + pages_.bytes() + slab_pages_ * sizeof(Page) + order_.size() * sizeof(uint64_t);
 }
 
 std::vector<uint64_t> PageTable::resident() const {
     std::vector<uint64_t> indices;
     {
         std::lock_guard guard(lock_);
-        for (const Page* page : buckets_) {
-            for (; page; page = page->next) {
-                if (page->state() == PageState::resident) indices.push_back(page->index);
-            }
-        }
+        pages_.each([&](const Page& page) {
+            if (page.state() == PageState::resident) indices.push_back(page.index);
+        });
     }
     std::sort(indices.begin(), indices.end());
     return indices;

@@ -1,6 +1,6 @@
-// The page descriptors of one file cache (paper 4.4): a hash table from page index to descriptor under one lock
-// (the non-distributed FCM), and in each descriptor a lock of its own and the page's state. Mapping and unmapping
-// a page happen with its descriptor locked, so that neither can race the other.
+// The page descriptors of one file cache (paper 4.4): the hash table of the Map, from page index to descriptor, under
+// one lock (the non-distributed FCM), and in each descriptor a lock of its own and the page's state. Mapping and
+// unmapping a page happen with its descriptor locked, so that neither can race the other.
 //
 // The state is ours alone: it is never inferred from what Linux says of the page.
 //
@@ -14,6 +14,8 @@
 #include <memory>
 #include <mutex>
 #include <vector>
+
+#include "structures/hash_table.hpp"
 
 namespace k42 {
 
@@ -46,7 +48,7 @@ struct Page {
 
 class PageTable {
   public:
-    PageTable();
+    PageTable() = default;
     PageTable(const PageTable&) = delete;
     PageTable& operator=(const PageTable&) = delete;
 
@@ -71,14 +73,16 @@ class PageTable {
     std::vector<uint64_t> resident() const;
 
   private:
+    struct Hash {
+        size_t operator()(const Page& page) const { return spread(page.index); }
+    };
+
     Page* find_or_allocate(uint64_t index);  // call with lock_ held
-    void grow();                             // call with lock_ held
     static bool try_lock(Page* page);
 
-    mutable std::mutex lock_;     // protects all below; taken with descriptors locked only by unlock() and
-                                  // make_resident(), never waits for a descriptor while held
-    std::vector<Page*> buckets_;  // a power of two of them
-    size_t size_ = 0;
+    mutable std::mutex lock_;  // protects all below; taken with descriptors locked only by unlock() and
+                               // make_resident(), never waits for a descriptor while held; before the allocator's
+    HashTable<Page, Hash> pages_;
     Page* free_ = nullptr;
     std::vector<std::unique_ptr<Page[]>> slabs_;
     size_t slab_pages_ = 0;
