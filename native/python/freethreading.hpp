@@ -38,28 +38,27 @@ inline constexpr int most_immortal_handles = 1 << 16;
 inline std::atomic<int> immortal_handles{0};
 #endif
 
-// For what may come and go, a handle: just made, and not yet known to anybody else.
-inline void prepare_to_share([[maybe_unused]] PyObject* o) {
+// For what may come and go, a handle: a second processor has begun to use it. Until then its count is its creator's own
+// business.
+inline void share([[maybe_unused]] PyObject* o) {
 #ifdef Py_GIL_DISABLED
 #if PY_VERSION_HEX >= 0x030E0000
     PyUnstable_Object_EnableDeferredRefcount(o);
 #else
-    // Owned by no thread: all count it atomically, so that any of them can make it immortal.
-    o->ob_tid = 0;
-    o->ob_ref_local = 0;
-    o->ob_ref_shared = (Py_ssize_t{1} << _Py_REF_SHARED_SHIFT) | 0x3;  // one reference, merged
-#endif
-#endif
-}
-
-// A second processor has begun to use the handle.
-inline void share([[maybe_unused]] PyObject* o) {
-#if defined(Py_GIL_DISABLED) && PY_VERSION_HEX < 0x030E0000
-    if (immortal_handles.load(std::memory_order_relaxed) >= most_immortal_handles) return;
     if (_Py_atomic_load_uint32_relaxed(&o->ob_ref_local) == _Py_IMMORTAL_REFCNT_LOCAL) return;
-    immortal_handles.fetch_add(1, std::memory_order_relaxed);
-    // Counts that others drop from now on are not dropped: it only lives longer.
-    _Py_atomic_store_uint32_relaxed(&o->ob_ref_local, _Py_IMMORTAL_REFCNT_LOCAL);
+    if (immortal_handles.fetch_add(1, std::memory_order_relaxed) >= most_immortal_handles) {
+        immortal_handles.fetch_sub(1, std::memory_order_relaxed);
+        return;
+    }
+    // Its creator changes the count without atomic operations, so it must not run: this stops all threads between two
+    // steps, and visits one object, whichever it is. Counts that are dropped later are not dropped: it lives on.
+    PyUnstable_GC_VisitObjects(
+        [](PyObject*, void* handle) {
+            _Py_atomic_store_uint32_relaxed(&static_cast<PyObject*>(handle)->ob_ref_local, _Py_IMMORTAL_REFCNT_LOCAL);
+            return 0;
+        },
+        o);
+#endif
 #endif
 }
 

@@ -3,8 +3,6 @@
 // It stands in the reference's generated type, one for each method of the class. The interpreter treats it
 // like a function (METHOD_DESCRIPTOR, immutable type, no tp_descr_set): `ref.add(1)` looks it up by the
 // type's cache, makes no bound method, and calls it with the reference as the first argument.
-#include <algorithm>
-
 #include "anchor.hpp"
 #include "freethreading.hpp"
 
@@ -26,7 +24,7 @@ MethodObject* cast(PyObject* o) { return reinterpret_cast<MethodObject*>(o); }
 PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t nargsf, PyObject* kwnames) {
     MethodObject* self = cast(callable);
     Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-    if (nargs == 0 || !is_reference(args[0])) {
+    if (nargs == 0 || !is_reference(args[0])) [[unlikely]] {
         PyErr_Format(PyExc_TypeError, "%U() needs a reference to %s as its first argument", self->name,
                      self->rep_type->tp_name);
         return nullptr;
@@ -37,7 +35,7 @@ PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t nargsf, P
     PyObject* stack[1 + small];
     PyObject** copy = stack;
     Py_ssize_t total = nargs + (kwnames ? PyTuple_GET_SIZE(kwnames) : 0);
-    if (total > small) {
+    if (total > small) [[unlikely]] {
         copy = static_cast<PyObject**>(PyMem_Malloc(static_cast<size_t>(1 + total) * sizeof(PyObject*)));
         if (!copy) return PyErr_NoMemory();
     }
@@ -46,7 +44,7 @@ PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t nargsf, P
         Request request;
         if (PyObject* rep = request.rep(args[0])) {
             copy[1] = rep;
-            std::copy(args + 1, args + total, copy + 2);
+            for (Py_ssize_t i = 1; i < total; ++i) copy[i + 1] = args[i];  // few: no call of memmove
             size_t count = static_cast<size_t>(nargs) | PY_VECTORCALL_ARGUMENTS_OFFSET;
             if (self->direct && Py_TYPE(rep) == self->rep_type) [[likely]] {
                 PyObject* function = self->function;
@@ -54,13 +52,13 @@ PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t nargsf, P
             } else {
                 result = PyObject_VectorcallMethod(self->name, copy + 1, count, kwnames);
             }
-            if (self->suspended && result) {
+            if (self->suspended && result) [[unlikely]] {
                 Ref inner = Ref::steal(result);
                 Ref hold = Ref::steal(make_hold(request, args[0], self->name));
                 PyObject* both[] = {inner.get(), hold.get()};
                 result = hold ? PyObject_Vectorcall(self->suspended, both, 2, nullptr) : nullptr;
             }
-            if (result == rep) {  // `return self`: to the caller, self is the reference
+            if (result == rep) [[unlikely]] {  // `return self`: to the caller, self is the reference
                 Py_DECREF(result);
                 result = Py_NewRef(args[0]);
             }

@@ -185,7 +185,6 @@ PyObject* create_reference(PyObject*, PyObject* args) {
         return PyErr_NoMemory();
     }
     cast(o)->anchor = anchor;
-    prepare_to_share(o);
     return o;
 }
 

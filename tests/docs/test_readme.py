@@ -19,8 +19,8 @@ EXAMPLES = [
 ]
 
 
-def test_both_uses_have_an_example() -> None:
-    assert [title for title, _ in EXAMPLES] == ["A Clustered Object", "A mapped file"]
+def test_each_use_has_an_example() -> None:
+    assert [title for title, _ in EXAMPLES] == ["A Clustered Object", "Ready-made structures", "A mapped file"]
 
 
 @pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
