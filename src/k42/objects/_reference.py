@@ -34,7 +34,7 @@ _NOT_FORWARDED = (frozenset(dir(object)) - {"__str__", "__format__", "__lt__", "
     *("__del__", "__dict__", "__firstlineno__", "__getattr__", "__getnewargs__", "__getnewargs_ex__"),
     *("__match_args__", "__module__", "__orig_bases__", "__parameters__", "__qualname__", "__set_name__"),
     *("__setstate__", "__slots__", "__static_attributes__", "__type_params__", "__weakref__"),
-    *("_abc_impl", "export_state", "import_state", "on_release", "transfers", _KEY),
+    *("__final__", "_abc_impl", "_default", "export_state", "import_state", "on_release", "transfers", _KEY),
 }
 
 

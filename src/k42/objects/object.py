@@ -53,6 +53,7 @@ class Object:
 
     Root: ClassVar[type[_Root]] = SharedRoot
     transfers: ClassVar[tuple[str, ...]] = ()
+    _default: ClassVar[type[Object]]  # of an interface: the implementation that stands for it
 
     root: Any
 

@@ -26,7 +26,7 @@ def swap(ref: Any, target: type[Object], *args: Any, timeout: float = 10.0, keep
 
     Args:
         ref: the reference.
-        target: the new class. It must have every method that the references have, and one of the forms in its
+        target: the new class; of an interface of `k42.structures`, its default. It must have every method that the references have, and one of the forms in its
             `transfers` must be one of the old class's.
         args, kwargs: for the `__init__` of the new root, like those of `create`.
         timeout: seconds to wait for the calls that run. New calls are held up for parts of it, one second at the most
@@ -46,6 +46,7 @@ def swap(ref: Any, target: type[Object], *args: Any, timeout: float = 10.0, keep
     """
     if not (isinstance(target, type) and issubclass(target, Object)):
         raise TypeError(f"swap() needs a class that derives from k42.Object, not {target!r}")
+    target = target.__dict__.get("_default", target)
     old = _native.root_of(ref)
     missing = sorted(name for name in interface_of(type(ref)) if not hasattr(target, name))
     if missing:

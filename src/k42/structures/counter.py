@@ -215,4 +215,5 @@ class DistributedCounter(Counter):
             return self.count.join()
 
 
+Counter._default = DistributedCounter
 IMPLEMENTATIONS: tuple[type[Counter], ...] = (SharedCounter, AtomicCounter, PackedCounter, DistributedCounter)

@@ -255,4 +255,5 @@ class DistributedGate(Gate):
         native = _native.DistributedGate
 
 
+Gate._default = DistributedGate
 IMPLEMENTATIONS: tuple[type[Gate], ...] = (SharedGate, DistributedGate)

@@ -321,4 +321,5 @@ class ReplicatedMap(Map[K, V]):
             return self.table.join()
 
 
+Map._default = ReplicatedMap
 IMPLEMENTATIONS: tuple[type[Map[Any, Any]], ...] = (SharedMap, PartitionedMap, ReplicatedMap)

@@ -258,4 +258,5 @@ class DistributedPool(Pool[_T]):
         return cls._create(factory, items, capacity, cap)
 
 
+Pool._default = DistributedPool
 IMPLEMENTATIONS: tuple[type[Pool[Any]], ...] = (SharedPool, DistributedPool)
