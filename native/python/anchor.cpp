@@ -26,18 +26,15 @@ void end_rep(PyObject* rep) {
 
 void open_end_of_rep(void* rep) {
     if (!Py_IsInitialized()) return;
-    PyGILState_STATE gil = PyGILState_Ensure();
+    Attached attached;
     end_rep(static_cast<PyObject*>(rep));
-    PyGILState_Release(gil);
 }
 
 }  // namespace
 
 Anchor::~Anchor() {
-    // The garbage collector may have emptied what refers back to us; what is left is plain references.
-    if (lists_) let_go(std::move(lists_->reps));
     Py_XDECREF(arbitration_);
-    Py_DECREF(root);
+    Py_XDECREF(root_);
 }
 
 Anchor::Lists& Anchor::lists() {
@@ -58,34 +55,71 @@ PyObject* Anchor::hold(PyObject* rep, std::uint32_t processor) {
     return rep;
 }
 
-Ref Anchor::handler() {
+Ref Anchor::root() {
     std::lock_guard guard(lock_of(this));
-    return Ref::borrow(arbitration_ ? arbitration_ : root);
+    return Ref::borrow(root_);
 }
 
-void Anchor::arbitrate(PyObject* arbitration) {
+Ref Anchor::handler() {
+    std::lock_guard guard(lock_of(this));
+    return Ref::borrow(arbitrating_ ? arbitration_ : root_);
+}
+
+Ref Anchor::arbitration() {
+    std::lock_guard guard(lock_of(this));
+    return Ref::borrow(arbitration_);
+}
+
+void Anchor::arbitrate(PyObject* arbitration, bool active) {
     Ref before = Ref::borrow(arbitration);
     std::lock_guard guard(lock_of(this));
     PyObject* mine = before.release();
     before = Ref::steal(std::exchange(arbitration_, mine));
+    arbitrating_ = active;
 }
 
-Ref Anchor::replace_root(PyObject* new_root) {
-    std::vector<Used> old;
-    {
-        std::lock_guard guard(lock_of(this));
-        if (lists_) old = std::exchange(lists_->reps, {});
+std::vector<Anchor::Used> Anchor::take_reps() {
+    std::lock_guard guard(lock_of(this));
+    return lists_ ? std::exchange(lists_->reps, {}) : std::vector<Used>();
+}
+
+Anchor::Left Anchor::replace_root(PyObject* new_root) {
+    Left left{Ref::borrow(new_root), take_reps()};
+    std::lock_guard guard(lock_of(this));
+    PyObject* mine = left.root.release();
+    left.root = Ref::steal(std::exchange(root_, mine));
+    return left;
+}
+
+void Anchor::inherit(Left&& left) {
+    if (left.reps.empty()) return;
+    std::lock_guard guard(lock_of(this));
+    lists().reps = std::move(left.reps);
+}
+
+// Each representative that has a hook gets it run by the owner of the processor that used it first, or of that which
+// the root names where no processor has used it directly.
+void Anchor::end(Left&& left) {
+    auto& [root, reps] = left;
+    SavedError saved;
+    Ref known = Ref::steal(PyObject_CallMethod(root.get(), "_released", nullptr));
+    if (!known || !PyList_Check(known.get())) {
+        PyErr_WriteUnraisable(root.get());
+    } else {
+        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(known.get()); ++i) {
+            PyObject* rep;
+            unsigned id;
+            if (!PyArg_ParseTuple(PyList_GET_ITEM(known.get(), i), "OI", &rep, &id)) {
+                PyErr_WriteUnraisable(root.get());
+                continue;
+            }
+            if (std::none_of(reps.begin(), reps.end(), [&](const Used& used) { return used.rep == rep; }))
+                reps.push_back({Py_NewRef(rep), id < runtime::processor_count() ? id : here().id});
+        }
     }
-    let_go(std::move(old));
-    return Ref::steal(std::exchange(root, Py_NewRef(new_root)));
-}
-
-// Each representative that has a hook gets it run by the owner of the processor that used it first.
-void Anchor::let_go(std::vector<Used> reps) {
-    for (auto [rep, id] : reps) {
-        const int hooked = PyObject_HasAttrString(reinterpret_cast<PyObject*>(Py_TYPE(rep)), "on_release");
+    for (auto [rep, id] : std::exchange(reps, {})) {
         runtime::Processor& p = here();
-        if (!hooked) {
+        if (!PyObject_HasAttrString(reinterpret_cast<PyObject*>(Py_TYPE(rep)), "on_release")) {
             Py_DECREF(rep);
         } else if (p.id == id && p.depth == 0) {
             end_rep(rep);
@@ -126,7 +160,7 @@ Ref Anchor::names_of_holds() {
 }
 
 int Anchor::traverse(visitproc visit, void* arg) {
-    Py_VISIT(root);
+    Py_VISIT(root_);
     Py_VISIT(arbitration_);
     if (lists_) {
         for (auto& used : lists_->reps) Py_VISIT(used.rep);
@@ -136,15 +170,11 @@ int Anchor::traverse(visitproc visit, void* arg) {
 
 void Anchor::release(void* object) {
     if (!Py_IsInitialized()) return;  // the interpreter is gone, and its objects with it
-    PyGILState_STATE gil = PyGILState_Ensure();
+    Attached attached;
     auto* anchor = static_cast<Anchor*>(object);
-    {
-        SavedError saved;
-        Ref done = Ref::steal(PyObject_CallMethod(anchor->root, "_released", nullptr));
-        if (!done) PyErr_WriteUnraisable(anchor->root);
-        delete anchor;
-    }
-    PyGILState_Release(gil);
+    end({anchor->root(), anchor->take_reps()});
+    SavedError saved;
+    delete anchor;
 }
 
 }  // namespace k42::edge

@@ -12,7 +12,7 @@ namespace k42::edge {
 struct Hold;
 
 struct Anchor {
-    explicit Anchor(PyObject* root_) : root(Py_NewRef(root_)) {}
+    explicit Anchor(PyObject* root) : root_(Py_NewRef(root)) {}
     Anchor(const Anchor&) = delete;
     Anchor& operator=(const Anchor&) = delete;
     ~Anchor();
@@ -20,12 +20,26 @@ struct Anchor {
     // Takes over `rep`, which `processor` is the first to use; returns it borrowed.
     PyObject* hold(PyObject* rep, std::uint32_t processor);
 
+    // The root at this moment; a request that is older than a switch keeps its own.
+    Ref root();
+
     // Whom misses go to: the root, or what arbitrates while the object is interposed.
     Ref handler();
-    void arbitrate(PyObject* arbitration);  // nullptr: nobody any more
 
-    // Replaces the root, while nobody is inside the object; the old representatives go.
-    Ref replace_root(PyObject* new_root);
+    // What arbitrates, or has arbitrated before: it stays, so that a representative of its own is there for all calls
+    // that may still use it. An object has one in its life.
+    Ref arbitration();
+    void arbitrate(PyObject* arbitration, bool active);
+
+    // A root without an object, and the representatives of which we know.
+    struct Left;
+
+    // While nobody is inside the object.
+    Left replace_root(PyObject* new_root);
+    void inherit(Left&& left);
+
+    // Nobody uses them any more: hooks run, cycles are broken.
+    static void end(Left&& left);
 
     // Suspended requests: generators and coroutines that have not ended.
     void add(Hold& hold);
@@ -39,11 +53,12 @@ struct Anchor {
     static void release(void* anchor);
     static bool held(void* anchor) { return static_cast<Anchor*>(anchor)->held(); }
 
-  private:
     struct Used {
-        PyObject* rep;
+        PyObject* rep;  // owned
         std::uint32_t processor;
     };
+
+  private:
     // What an object has once it is called.
     struct Lists {
         std::vector<Used> reps;  // each once
@@ -51,15 +66,18 @@ struct Anchor {
     };
 
     Lists& lists();
-    static void let_go(std::vector<Used> reps);
+    std::vector<Used> take_reps();
 
-    PyObject* root;  // changed while nobody is inside the object; else by nobody
-    // The rest is protected by a lock that anchors share (in anchor.cpp), held for moments.
+    // Protected by a lock that anchors share (in anchor.cpp), held for moments.
+    PyObject* root_;
     PyObject* arbitration_ = nullptr;
     std::unique_ptr<Lists> lists_;
+    bool arbitrating_ = false;
+};
 
-  public:
-    PyObject* root_of_caller() const { return root; }  // inside a request, or a switch
+struct Anchor::Left {
+    Ref root;
+    std::vector<Used> reps;
 };
 
 // A suspended request on an object: a generator or a coroutine of one of its methods.

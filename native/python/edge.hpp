@@ -5,6 +5,11 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#ifdef __linux__
+#include <cxxabi.h>
+#include <unistd.h>
+#endif
+
 #include <utility>
 
 namespace k42::edge {
@@ -39,16 +44,45 @@ class Ref {
     PyObject* object_ = nullptr;
 };
 
+// When the interpreter has ended, daemon threads that come back to it end there. Before 3.14 their stacks are unwound,
+// which ends the program where it meets a destructor; so they stay for ever instead, as from 3.14 on.
+template <typename F>
+auto come_back(F attach) {
+#if defined(__linux__) && PY_VERSION_HEX < 0x030E0000
+    try {
+        return attach();
+    } catch (abi::__forced_unwind&) {
+        for (;;) ::pause();
+    }
+#else
+    return attach();
+#endif
+}
+
 // Releases the GIL (detaches the thread state) for its scope: around anything that can block.
 class Detached {
   public:
     Detached() : state_(PyEval_SaveThread()) {}
-    ~Detached() { PyEval_RestoreThread(state_); }
+    ~Detached() {
+        come_back([this] { PyEval_RestoreThread(state_); });
+    }
     Detached(const Detached&) = delete;
     Detached& operator=(const Detached&) = delete;
 
   private:
     PyThreadState* state_;
+};
+
+// Takes the GIL (attaches the thread) for its scope, if the thread has not.
+class Attached {
+  public:
+    Attached() : state_(come_back([] { return PyGILState_Ensure(); })) {}
+    ~Attached() { PyGILState_Release(state_); }
+    Attached(const Attached&) = delete;
+    Attached& operator=(const Attached&) = delete;
+
+  private:
+    PyGILState_STATE state_;
 };
 
 // Adds a heap type made from `spec` to the module; returns the type (borrowed from the module) or nullptr.

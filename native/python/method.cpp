@@ -15,11 +15,22 @@ struct MethodObject {
     PyTypeObject* rep_type;  // the class that the reference type was generated from
     PyObject* function;      // what the name means in that class
     PyObject* name;          // for representatives of other types
-    PyObject* suspended;     // of a generator or coroutine: makes what the caller gets of it and its hold; or nullptr
+    PyObject* suspend;       // makes what the caller gets of a generator or coroutine, and of its hold
+    bool suspends;           // `function` makes such
     bool direct;             // `function` is a Python function: instances of exactly rep_type call it
 };
 
 MethodObject* cast(PyObject* o) { return reinterpret_cast<MethodObject*>(o); }
+
+bool is_suspended(PyObject* o) { return PyGen_CheckExact(o) || PyCoro_CheckExact(o) || PyAsyncGen_CheckExact(o); }
+
+// What the caller gets of a generator or coroutine; takes over `result`.
+PyObject* suspend(MethodObject* self, Request& request, PyObject* reference, PyObject* result) {
+    Ref inner = Ref::steal(result);
+    Ref hold = Ref::steal(make_hold(request, reference, self->name));
+    PyObject* args[] = {inner.get(), hold.get(), self->suspends ? Py_True : Py_False};
+    return hold ? PyObject_Vectorcall(self->suspend, args, 3, nullptr) : nullptr;
+}
 
 PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t nargsf, PyObject* kwnames) {
     MethodObject* self = cast(callable);
@@ -46,18 +57,16 @@ PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t nargsf, P
             copy[1] = rep;
             for (Py_ssize_t i = 1; i < total; ++i) copy[i + 1] = args[i];  // few: no call of memmove
             size_t count = static_cast<size_t>(nargs) | PY_VECTORCALL_ARGUMENTS_OFFSET;
+            bool may_suspend = self->suspends;
             if (self->direct && Py_TYPE(rep) == self->rep_type) [[likely]] {
                 PyObject* function = self->function;
                 result = reinterpret_cast<PyFunctionObject*>(function)->vectorcall(function, copy + 1, count, kwnames);
             } else {
                 result = PyObject_VectorcallMethod(self->name, copy + 1, count, kwnames);
+                may_suspend = true;  // a method of another class, or an arbiter
             }
-            if (self->suspended && result) [[unlikely]] {
-                Ref inner = Ref::steal(result);
-                Ref hold = Ref::steal(make_hold(request, args[0], self->name));
-                PyObject* both[] = {inner.get(), hold.get()};
-                result = hold ? PyObject_Vectorcall(self->suspended, both, 2, nullptr) : nullptr;
-            }
+            if (may_suspend && result && is_suspended(result)) [[unlikely]]
+                result = suspend(self, request, args[0], result);
             if (result == rep) [[unlikely]] {  // `return self`: to the caller, self is the reference
                 Py_DECREF(result);
                 result = Py_NewRef(args[0]);
@@ -74,10 +83,11 @@ PyObject* descr_get(PyObject* self, PyObject* obj, PyObject*) {
 }
 
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-    static const char* names[] = {"name", "function", "rep_type", "suspended", nullptr};
-    PyObject *name, *function, *rep_type, *suspended;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "UOO!O:Method", const_cast<char**>(names), &name, &function,
-                                     &PyType_Type, &rep_type, &suspended))
+    static const char* names[] = {"name", "function", "rep_type", "suspends", "suspend", nullptr};
+    PyObject *name, *function, *rep_type, *suspend;
+    int suspends;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "UOO!pO:Method", const_cast<char**>(names), &name, &function,
+                                     &PyType_Type, &rep_type, &suspends, &suspend))
         return nullptr;
     PyObject* o = type->tp_alloc(type, 0);
     if (!o) return nullptr;
@@ -86,7 +96,8 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     self->rep_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(rep_type));
     self->function = Py_NewRef(function);
     self->name = Py_NewRef(name);
-    self->suspended = suspended == Py_None ? nullptr : Py_NewRef(suspended);
+    self->suspends = suspends;
+    self->suspend = Py_NewRef(suspend);
     self->direct = PyFunction_Check(function);
     if (self->direct) share_forever(function);
     share_forever(o);
@@ -97,14 +108,14 @@ int traverse(PyObject* o, visitproc visit, void* arg) {
     Py_VISIT(Py_TYPE(o));
     Py_VISIT(cast(o)->rep_type);
     Py_VISIT(cast(o)->function);
-    Py_VISIT(cast(o)->suspended);
+    Py_VISIT(cast(o)->suspend);
     return 0;
 }
 
 int clear(PyObject* o) {
     cast(o)->direct = false;
     Py_CLEAR(cast(o)->function);
-    Py_CLEAR(cast(o)->suspended);
+    Py_CLEAR(cast(o)->suspend);
     Py_CLEAR(cast(o)->rep_type);
     return 0;
 }

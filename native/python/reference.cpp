@@ -4,6 +4,7 @@
 // references have in common: identity, life, and the miss.
 #include "reference.hpp"
 
+#include <chrono>
 #include <new>
 #include <vector>
 
@@ -17,6 +18,7 @@ PyTypeObject* reference_type = nullptr;
 
 namespace {
 
+PyObject* error = nullptr;            // k42.errors.Error
 PyObject* destroyed_error = nullptr;  // k42.errors.Destroyed
 PyTypeObject* uninstalled_type = nullptr;
 
@@ -63,13 +65,26 @@ void dealloc(PyObject* o) {
     Py_DECREF(type);
 }
 
+// The class of the object's representatives now; where that cannot be told, what the reference type knows.
+Ref class_now(PyObject* o, PyObject* otherwise) {
+    if (cast(o)->reference.coid()) {
+        Request request;
+        if (Anchor* anchor = request.anchor(o)) {
+            if (Ref now = Ref::steal(PyObject_GetAttrString(anchor->root().get(), "rep_class"))) return now;
+        }
+        PyErr_Clear();
+    }
+    return Ref::borrow(otherwise);
+}
+
 PyObject* repr(PyObject* o) {
-    auto coid = cast(o)->reference.coid();
-    Ref module = Ref::steal(PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(o)), "__module__"));
-    Ref name = Ref::steal(PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(o)), "__qualname__"));
-    if (!module || !name) return nullptr;
-    if (!coid) return PyUnicode_FromFormat("<reference to %U.%U, destroyed>", module.get(), name.get());
-    return PyUnicode_FromFormat("<reference to %U.%U, %u>", module.get(), name.get(),
+    const auto coid = cast(o)->reference.coid();
+    const Ref named = class_now(o, reinterpret_cast<PyObject*>(Py_TYPE(o)));
+    const Ref module = Ref::steal(PyObject_GetAttrString(named.get(), "__module__"));
+    const Ref name = module ? Ref::steal(PyObject_GetAttrString(named.get(), "__qualname__")) : Ref();
+    if (!name) return nullptr;
+    if (!coid) return PyUnicode_FromFormat("<reference to %S.%S, destroyed>", module.get(), name.get());
+    return PyUnicode_FromFormat("<reference to %S.%S, %u>", module.get(), name.get(),
                                 static_cast<runtime::Index>(coid));
 }
 
@@ -224,16 +239,18 @@ PyObject* root_of(PyObject*, PyObject* o) {
     if (!check_reference(o, "root_of")) return nullptr;
     Request request;
     Anchor* anchor = request.anchor(o);
-    return anchor ? Py_NewRef(anchor->root_of_caller()) : nullptr;
+    return anchor ? anchor->root().release() : nullptr;
 }
 
 PyObject* arbitrate(PyObject*, PyObject* args) {
     PyObject *o, *arbitration;
-    if (!PyArg_ParseTuple(args, "OO:arbitrate", &o, &arbitration) || !check_reference(o, "arbitrate")) return nullptr;
+    int active;
+    if (!PyArg_ParseTuple(args, "OOp:arbitrate", &o, &arbitration, &active) || !check_reference(o, "arbitrate"))
+        return nullptr;
     Request request;
     Anchor* anchor = request.anchor(o);
     if (!anchor) return nullptr;
-    anchor->arbitrate(arbitration == Py_None ? nullptr : arbitration);
+    anchor->arbitrate(arbitration, active);
     runtime::empty_everywhere(cast(o)->reference.coid());
     Py_RETURN_NONE;
 }
@@ -243,21 +260,15 @@ PyObject* arbitration_of(PyObject*, PyObject* o) {
     Request request;
     Anchor* anchor = request.anchor(o);
     if (!anchor) return nullptr;
-    Ref handler = anchor->handler();
-    return handler.get() == anchor->root_of_caller() ? Py_NewRef(Py_None) : handler.release();
+    Ref arbitration = anchor->arbitration();
+    return arbitration ? arbitration.release() : Py_NewRef(Py_None);
 }
 
 // Never fails because of the object: isinstance() asks it of any reference.
 PyObject* class_of(PyObject*, PyObject* args) {
     PyObject *o, *otherwise;
     if (!PyArg_ParseTuple(args, "OO:class_of", &o, &otherwise) || !check_reference(o, "class_of")) return nullptr;
-    if (!cast(o)->reference.coid()) return Py_NewRef(otherwise);
-    Request request;
-    Anchor* anchor = request.anchor(o);
-    PyObject* now = anchor ? PyObject_GetAttrString(anchor->root_of_caller(), "rep_class") : nullptr;
-    if (now) return now;
-    PyErr_Clear();
-    return Py_NewRef(otherwise);
+    return class_now(o, otherwise).release();
 }
 
 PyMethodDef functions[] = {
@@ -269,7 +280,8 @@ PyMethodDef functions[] = {
      PyDoc_STR("create_reference(type, root) -> a new reference whose misses go to root.handle_miss()")},
     {"root_of", root_of, METH_O, PyDoc_STR("root_of(reference) -> the root of its object")},
     {"arbitrate", arbitrate, METH_VARARGS,
-     PyDoc_STR("arbitrate(reference, handler): from now on misses go to handler.handle_miss(); None: to the root")},
+     PyDoc_STR(
+         "arbitrate(reference, handler, active): from now on misses go to handler.handle_miss(), or to the root")},
     {"destroy", destroy_reference, METH_O,
      PyDoc_STR("destroy($module, reference, /)\n--\n\n"
                "Destroy a Clustered Object: new calls raise `Destroyed`, calls that run finish.\n\n"
@@ -304,23 +316,35 @@ bool check_reference(PyObject* o, const char* function) {
     return false;
 }
 
+bool check_signals() {
+    using Clock = std::chrono::steady_clock;
+    thread_local Clock::time_point last;
+    const auto now = Clock::now();
+    if (now - last < std::chrono::milliseconds(20)) return true;
+    last = now;
+    Attached attached;
+    return PyErr_CheckSignals() == 0;
+}
+
 Anchor* Request::anchor(PyObject* reference) {
-    for (;;) {
-        const runtime::Coid coid = cast(reference)->reference.coid();
-        const runtime::Miss miss = runtime::begin_miss(processor_, coid);
-        switch (miss.outcome) {
-            case runtime::Miss::Outcome::destroyed:
-                set_destroyed(reference);
-                return nullptr;
-            case runtime::Miss::Outcome::switching: {
-                Detached detached;
-                runtime::await_switch(processor_, coid);
-                break;
-            }
-            default:
-                return static_cast<Anchor*>(miss.object);
-        }
+    const runtime::Miss miss = runtime::begin_miss(processor_, cast(reference)->reference.coid());
+    if (miss.outcome == runtime::Miss::Outcome::destroyed) set_destroyed(reference);
+    return static_cast<Anchor*>(miss.object);
+}
+
+bool Request::await_switch(PyObject* reference) {
+    runtime::Wait wait;
+    {
+        Detached detached;
+        wait = runtime::await_switch(processor_, coid_, check_signals);
     }
+    if (wait == runtime::Wait::circle) {
+        PyErr_Format(error,
+                     "this %s is being swapped, and the transfer of its state waits for this call: use self and "
+                     "self.root there, not the reference",
+                     Py_TYPE(reference)->tp_name);
+    }
+    return wait == runtime::Wait::over;
 }
 
 PyObject* Request::miss(PyObject* reference) {
@@ -332,10 +356,7 @@ PyObject* Request::miss(PyObject* reference) {
             return nullptr;
         }
         if (miss.outcome != runtime::Miss::Outcome::switching) break;
-        {
-            Detached detached;
-            runtime::await_switch(processor_, coid_);
-        }
+        if (!await_switch(reference)) return nullptr;
         coid_ = cast(reference)->reference.coid();
         if (void* rep = runtime::translate(processor_, coid_)) return static_cast<PyObject*>(rep);
     }
@@ -358,16 +379,24 @@ PyObject* Request::miss(PyObject* reference) {
         return nullptr;
     }
     if (!lasting) {
-        passing.push_back(rep);
+        if (!passing.empty() && passing.back() == rep) {
+            Py_DECREF(rep);
+        } else {
+            passing.push_back(rep);
+        }
         processor_.watched.store(true, std::memory_order_relaxed);
         return rep;
     }
     rep = anchor->hold(rep, processor_.id);
     runtime::install(processor_, coid_, rep);
+    // Who empties all entries after a change of the handler has seen ours, or we see the change.
+    if (anchor->handler().get() != handler.get()) runtime::uninstall(processor_, coid_);
     return rep;
 }
 
 void Request::settle(runtime::Processor& p) {
+    // A daemon thread whose stack the interpreter unwinds, at its own end: see `come_back`.
+    if (!PyGILState_Check()) return;
     SavedError saved;
     if (p.depth == 0) {
         while (!passing.empty()) {
@@ -382,6 +411,8 @@ void Request::settle(runtime::Processor& p) {
 int add_reference(PyObject* module) {
     Ref errors = Ref::steal(PyImport_ImportModule("k42.errors"));
     if (!errors) return -1;
+    error = PyObject_GetAttrString(errors.get(), "Error");
+    if (!error) return -1;
     destroyed_error = PyObject_GetAttrString(errors.get(), "Destroyed");
     if (!destroyed_error) return -1;
     reference_type = add_type(module, &spec);

@@ -52,7 +52,8 @@ class Request {
     // What the reference named when rep() found a representative.
     Anchor* anchor_of_rep() const { return static_cast<Anchor*>(runtime::object_of(coid_)); }
 
-    // What the reference names; it outlives this request. nullptr with an exception.
+    // What the reference names, whether or not it is being switched; it outlives this request. nullptr with an
+    // exception.
     Anchor* anchor(PyObject* reference);
 
     // What is left to do at the end of a request that was watched. Keeps the exception that is set.
@@ -61,9 +62,15 @@ class Request {
   private:
     PyObject* miss(PyObject* reference);
 
+    // Waits until the object is not being switched; false with an exception.
+    bool await_switch(PyObject* reference);
+
     runtime::Processor& processor_;
     runtime::Coid coid_;
 };
+
+// A pause in a long wait, while detached: false when a signal's handler raised. The main thread alone gets signals.
+bool check_signals();
 
 // Raises Destroyed.
 void set_destroyed(PyObject* reference);

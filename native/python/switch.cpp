@@ -1,8 +1,6 @@
 // k42._native.Switch: the moments in which a live object has no caller, for k42.swap().
 #include "runtime/switch.hpp"
 
-#include <chrono>
-
 #include "anchor.hpp"
 #include "arguments.hpp"
 
@@ -13,23 +11,17 @@ namespace {
 struct State {
     runtime::Switch core;
     Ref reference;
+    Anchor::Left left;  // once the object has another root
     bool quiet = false;
+
+    void end() {
+        quiet = false;
+        core.end();
+        if (left.root) Anchor::end(std::move(left));
+    }
 };
 
 using SwitchObject = Holder<State>;
-
-// Between two looks at the requests: false when a signal's handler raised. The main thread alone gets any.
-bool pause() {
-    using Clock = std::chrono::steady_clock;
-    thread_local Clock::time_point last;
-    const auto now = Clock::now();
-    if (now - last < std::chrono::milliseconds(20)) return true;
-    last = now;
-    PyGILState_STATE gil = PyGILState_Ensure();
-    const bool go_on = PyErr_CheckSignals() == 0;
-    PyGILState_Release(gil);
-    return go_on;
-}
 
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     PyObject* reference;
@@ -53,12 +45,9 @@ PyObject* begin(PyObject* self, PyObject* timeout) {
     {
         Detached detached;
         const auto limit = std::chrono::duration<double>(std::min(seconds, 1e9));
-        outcome = state.core.begin(reinterpret_cast<ReferenceObject*>(state.reference.get())->reference,
-                                   std::chrono::duration_cast<std::chrono::nanoseconds>(limit), Anchor::held, pause);
-    }
-    if (PyErr_Occurred()) {
-        if (outcome == Outcome::quiet) state.core.end();
-        return nullptr;
+        outcome =
+            state.core.begin(reinterpret_cast<ReferenceObject*>(state.reference.get())->reference,
+                             std::chrono::duration_cast<std::chrono::nanoseconds>(limit), Anchor::held, check_signals);
     }
     switch (outcome) {
         case Outcome::quiet:
@@ -67,6 +56,8 @@ PyObject* begin(PyObject* self, PyObject* timeout) {
         case Outcome::destroyed:
             set_destroyed(state.reference.get());
             return nullptr;
+        case Outcome::interrupted:
+            return nullptr;  // check_signals has set what a handler raised
         case Outcome::in_request:
             return PyUnicode_FromString("in request");
         case Outcome::busy:
@@ -84,20 +75,52 @@ bool check_quiet(const State& state) {
 PyObject* root(PyObject* self, PyObject*) {
     State& state = SwitchObject::of(self);
     if (!check_quiet(state)) return nullptr;
-    return Py_NewRef(static_cast<Anchor*>(state.core.object())->root_of_caller());
+    return static_cast<Anchor*>(state.core.object())->root().release();
 }
 
 PyObject* replace(PyObject* self, PyObject* new_root) {
     State& state = SwitchObject::of(self);
     if (!check_quiet(state)) return nullptr;
-    return static_cast<Anchor*>(state.core.object())->replace_root(new_root).release();
+    state.left = static_cast<Anchor*>(state.core.object())->replace_root(new_root);
+    Py_RETURN_NONE;
+}
+
+PyObject* keep(PyObject* self, PyObject* args) {
+    State& state = SwitchObject::of(self);
+    PyObject *new_root, *kept;
+    if (!check_quiet(state) || !PyArg_ParseTuple(args, "OO:keep", &new_root, &kept) || !check_reference(kept, "keep"))
+        return nullptr;
+    auto* anchor = static_cast<Anchor*>(state.core.object());
+    Request request;
+    Anchor* heir = request.anchor(kept);
+    // First what can fail.
+    if (!heir || PyObject_SetAttrString(anchor->root().get(), "ref", kept) < 0) return nullptr;
+    heir->inherit(anchor->replace_root(new_root));
+    Py_RETURN_NONE;
 }
 
 PyObject* end(PyObject* self, PyObject*) {
     State& state = SwitchObject::of(self);
     if (!check_quiet(state)) return nullptr;
-    state.quiet = false;
-    state.core.end();
+    state.end();
+    Py_RETURN_NONE;
+}
+
+PyObject* enter(PyObject* self, PyObject*) {
+    State& state = SwitchObject::of(self);
+    if (!check_quiet(state)) return nullptr;
+    here();
+    state.core.add_worker();
+    Py_RETURN_NONE;
+}
+
+PyObject* exit(PyObject* self, PyObject*) {
+    SwitchObject::of(self).core.remove_worker();
+    Py_RETURN_NONE;
+}
+
+PyObject* end_root(PyObject*, PyObject* root) {
+    Anchor::end({Ref::borrow(root), {}});
     Py_RETURN_NONE;
 }
 
@@ -110,7 +133,7 @@ PyObject* suspended(PyObject*, PyObject* o) {
 
 void dealloc(PyObject* self) {
     State& state = SwitchObject::of(self);
-    if (state.quiet) state.core.end();
+    if (state.quiet) state.end();
     SwitchObject::dealloc(self);
 }
 
@@ -118,7 +141,14 @@ PyMethodDef methods[] = {
     {"begin", begin, METH_O,
      PyDoc_STR("begin($self, timeout, /)\n--\n\nWait until nobody is inside; 'quiet', or why not after `timeout` s.")},
     {"root", root, METH_NOARGS, PyDoc_STR("root($self, /)\n--\n\nThe object's root.")},
-    {"replace", replace, METH_O, PyDoc_STR("replace($self, root, /)\n--\n\nGive it another; returns the old one.")},
+    {"replace", replace, METH_O,
+     PyDoc_STR("replace($self, root, /)\n--\n\nGive it another; the old one is released after the end.")},
+    {"keep", keep, METH_VARARGS,
+     PyDoc_STR("keep($self, root, reference, /)\n--\n\n"
+               "Give it another; `reference`, which was made for the old one, gets that with its representatives.")},
+    {"__enter__", enter, METH_NOARGS,
+     PyDoc_STR("The calling thread works on the transfer: it cannot call the object.")},
+    {"__exit__", exit, METH_VARARGS, nullptr},
     {"end", end, METH_NOARGS, PyDoc_STR("end($self, /)\n--\n\nLet the calls go on.")},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -135,6 +165,8 @@ PyType_Spec spec = {"k42._native.Switch", sizeof(SwitchObject), 0, Py_TPFLAGS_DE
                     slots};
 
 PyMethodDef functions[] = {
+    {"end_root", end_root, METH_O,
+     PyDoc_STR("end_root(root): the root and its representatives are not used any more; their hooks run")},
     {"suspended", suspended, METH_O,
      PyDoc_STR("suspended(reference) -> the names of its generators and coroutines that have not ended")},
     {nullptr, nullptr, 0, nullptr},

@@ -75,7 +75,7 @@ bool call(Reference& reference, Use use) {
         const Miss miss = begin_miss(p, coid);
         if (miss.outcome == Miss::Outcome::destroyed) break;
         if (miss.outcome == Miss::Outcome::switching) {
-            await_switch(p, coid);
+            CHECK(await_switch(p, coid, [] { return true; }) == Wait::over);
             coid = reference.coid();
             rep = static_cast<Rep*>(translate(p, coid));
             continue;

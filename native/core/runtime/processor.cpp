@@ -74,6 +74,7 @@ class Registry {
             if (&p == detail::current) continue;
             p.depth = 0;
             p.requests.store((p.requests.load() + 1) & ~std::uint64_t{1});
+            p.waits_for_switch_of.store(0);
             r.free_.push(id);
         }
         r.lock_.unlock();
@@ -124,9 +125,10 @@ void release_current() {
 void post(Processor& to, void (*open)(void* what), void* what) {
     auto* mail = new Mail{open, what};
     mail->next = to.mail.load(std::memory_order_relaxed);
-    while (!to.mail.compare_exchange_weak(mail->next, mail, std::memory_order_release, std::memory_order_relaxed)) {
+    // Here the mail first, then `watched`; the owner in `collect` the other way round: so one of the two sees it.
+    while (!to.mail.compare_exchange_weak(mail->next, mail, std::memory_order_seq_cst, std::memory_order_relaxed)) {
     }
-    to.watched.store(true, std::memory_order_relaxed);
+    to.watched.store(true, std::memory_order_seq_cst);
 }
 
 static void open_all(Processor& p) {
@@ -144,7 +146,7 @@ static void open_all(Processor& p) {
 }
 
 void open_mail(Processor& p) {
-    if (p.depth == 0 && p.mail.load(std::memory_order_relaxed)) open_all(p);
+    if (p.depth == 0 && p.mail.load(std::memory_order_seq_cst)) open_all(p);
 }
 
 void open_mail_of_all() {

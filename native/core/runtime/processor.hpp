@@ -36,7 +36,8 @@ struct alignas(apart) Processor {
 
     Limbo* limbo = nullptr;   // what the owner has retired (retire.hpp)
     Range* ranges = nullptr;  // the owner's ranges of the global table that have free entries (translation.cpp)
-    std::atomic<bool> waits_for_switch{false};
+    // The coid whose switch the owner's request waits for, or 0; written under the lock of all switches.
+    std::atomic<std::uint64_t> waits_for_switch_of{0};
     std::atomic<Mail*> mail{nullptr};  // what others ask the owner to do, the last first
     // What others freed for us: they push, the owner takes all at once (so the list has no ABA problem).
     alignas(apart) std::atomic<Index> returned{0};

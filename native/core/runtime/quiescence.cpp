@@ -44,7 +44,7 @@ bool Mark::includes(const Processor& p) const {
 
 bool Mark::waits_for_a_switch() const {
     return std::any_of(waiting_.begin(), waiting_.end(),
-                       [](auto& w) { return w.first->waits_for_switch.load(std::memory_order_relaxed); });
+                       [](auto& w) { return w.first->waits_for_switch_of.load(std::memory_order_relaxed) != 0; });
 }
 
 bool Mark::elapsed() {

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <mutex>
 #include <new>
@@ -310,7 +311,7 @@ void collect() {
     World& world = World::instance();
     // Inside a request (a destruction begun there) its end must still be watched.
     Processor& p = current();
-    if (p.depth == 0) p.watched.store(false, std::memory_order_relaxed);
+    if (p.depth == 0) p.watched.store(false, std::memory_order_seq_cst);  // before the look at the mail: see `post`
     std::vector<Deferred> elapsed;
     {
         std::lock_guard guard(world.lock);
@@ -335,7 +336,8 @@ Miss begin_miss(Processor& p, Coid coid) {
     // First say that we use it, then look: whoever ends or switches it does so in the other order. What we said is not
     // taken back, for an outer call of this request may use the object: it costs a later object here one look at us.
     std::atomic<void*>& local = p.local.at(index);
-    local.store(used, std::memory_order_seq_cst);
+    void* nothing = nullptr;
+    local.compare_exchange_strong(nothing, used, std::memory_order_seq_cst);
     State state = entry->state.load(std::memory_order_seq_cst);
     for (;;) {
         if (is_dead(state)) return {Miss::Outcome::destroyed, nullptr};
@@ -343,7 +345,7 @@ Miss begin_miss(Processor& p, Coid coid) {
             std::lock_guard guard(world.switch_lock);
             if (Switch* s = world.switch_of(coid)) {
                 if (s->mark_.includes(p)) return {Miss::Outcome::passing, entry->object};
-                return {Miss::Outcome::switching, nullptr};
+                return {Miss::Outcome::switching, entry->object};
             }
             state = entry->state.load(std::memory_order_seq_cst);
             continue;
@@ -363,6 +365,8 @@ void install(Processor& p, Coid coid, void* rep) {
     if (!(state & live) || (state & switching) || generation(state) != generation(coid))
         local.store(used, std::memory_order_seq_cst);
 }
+
+void uninstall(Processor& p, Coid coid) { p.local.at(index_of(coid)).store(used, std::memory_order_seq_cst); }
 
 void empty_everywhere(Coid coid) {
     Processor& p = current();
@@ -404,14 +408,22 @@ Switch::Outcome Switch::attempt(const Reference& reference, std::chrono::steady_
     }
     if (leave(p)) collect();
     if (outcome != Outcome::quiet) return outcome;
+    outcome = Outcome::timeout;
     for (int turn = 0;; ++turn) {
         bool stuck;
         {
             std::lock_guard guard(world.switch_lock);  // misses look at the mark
-            if (mark_.elapsed() && !held(object_)) return Outcome::quiet;
+            if (mark_.elapsed() && !held(object_)) {
+                workers_.push_back(&p);
+                return Outcome::quiet;
+            }
             stuck = mark_.waits_for_a_switch();
         }
-        if (stuck || std::chrono::steady_clock::now() >= until || !pause()) break;
+        if (stuck || std::chrono::steady_clock::now() >= until) break;
+        if (!pause()) {
+            outcome = Outcome::interrupted;
+            break;
+        }
         if (turn < 16) {
             std::this_thread::yield();
         } else {
@@ -419,7 +431,7 @@ Switch::Outcome Switch::attempt(const Reference& reference, std::chrono::steady_
         }
     }
     close();
-    return Outcome::timeout;
+    return outcome;
 }
 
 void Switch::close() {
@@ -428,6 +440,7 @@ void Switch::close() {
     {
         std::lock_guard guard(world.switch_lock);
         std::erase(world.switches, this);
+        workers_.clear();
         Entry& entry = world.entry(coid_);
         state = entry.state.fetch_and(~(doomed_ ? switching | live : switching), std::memory_order_seq_cst);
     }
@@ -439,13 +452,20 @@ Switch::Outcome Switch::begin(const Reference& reference, std::chrono::nanosecon
     using namespace std::chrono_literals;
     Processor& p = current();
     if (p.depth != 0) return Outcome::in_request;
+    {
+        World& world = World::instance();
+        std::lock_guard guard(world.switch_lock);
+        const Switch* other = world.switch_of(reference.coid());
+        if (other && std::ranges::count(other->workers_, &p)) return Outcome::in_request;
+    }
     const auto end = std::chrono::steady_clock::now() + timeout;
     std::chrono::nanoseconds patience = 5ms;
     for (std::uint64_t tries = 0;; ++tries) {
         const Outcome outcome =
             attempt(reference, std::min(end, std::chrono::steady_clock::now() + patience), held, pause);
-        if (outcome == Outcome::quiet || outcome == Outcome::destroyed) return outcome;
-        if (std::chrono::steady_clock::now() >= end || !pause()) return outcome;
+        if (outcome != Outcome::busy && outcome != Outcome::timeout) return outcome;
+        if (std::chrono::steady_clock::now() >= end) return outcome;
+        if (!pause()) return Outcome::interrupted;
         // Those whom we held up go on meanwhile. Two switches that met do not meet again: each has its own rhythm.
         std::this_thread::sleep_for(patience / 8 * (1 + (p.id + tries) % 3));
         patience = std::min<std::chrono::nanoseconds>(2 * patience, 1s);
@@ -454,12 +474,48 @@ Switch::Outcome Switch::begin(const Reference& reference, std::chrono::nanosecon
 
 void Switch::end() { close(); }
 
-void await_switch(Processor& p, Coid coid) {
+void Switch::add_worker() {
+    std::lock_guard guard(World::instance().switch_lock);
+    workers_.push_back(&current());
+}
+
+void Switch::remove_worker() {
+    std::lock_guard guard(World::instance().switch_lock);
+    const auto mine = std::ranges::find(workers_, &current());
+    if (mine != workers_.end()) workers_.erase(mine);
+}
+
+bool Switch::needs(const Processor& p) const {
+    World& world = World::instance();
+    return std::ranges::any_of(workers_, [&](const Processor* worker) {
+        if (worker == &p) return true;
+        const Coid awaited = worker->waits_for_switch_of.load(std::memory_order_relaxed);
+        const Switch* other = awaited ? world.switch_of(awaited) : nullptr;
+        return other && other->needs(p);
+    });
+}
+
+Wait await_switch(Processor& p, Coid coid, bool (*pause)()) {
     World& world = World::instance();
     std::unique_lock guard(world.switch_lock);
-    p.waits_for_switch.store(true, std::memory_order_relaxed);
-    world.switch_ended.wait(guard, [&] { return !world.switch_of(coid); });
-    p.waits_for_switch.store(false, std::memory_order_relaxed);
+    Wait result = Wait::over;
+    while (const Switch* s = world.switch_of(coid)) {
+        if (s->needs(p)) {
+            result = Wait::circle;
+            break;
+        }
+        p.waits_for_switch_of.store(coid, std::memory_order_relaxed);
+        world.switch_ended.wait_for(guard, std::chrono::milliseconds(50));
+        guard.unlock();
+        const bool go_on = pause();
+        guard.lock();
+        p.waits_for_switch_of.store(0, std::memory_order_relaxed);
+        if (!go_on) {
+            result = Wait::interrupted;
+            break;
+        }
+    }
+    return result;
 }
 
 // The threads that switched, and those that waited for them, are not in the child.
@@ -467,6 +523,7 @@ void World::after_fork_in_child() {
     World& world = instance();
     for (Switch* s : world.switches) world.entry(s->coid_).state.fetch_and(~switching, std::memory_order_seq_cst);
     world.switches.clear();
+    new (&world.switch_ended) std::condition_variable();  // it still counts waiters that are not here
     world.lock.unlock();
     world.switch_lock.unlock();
 }

@@ -73,15 +73,18 @@ struct Miss {
         destroyed,
     };
     Outcome outcome;
-    void* object;  // found or passing: it outlives this request
+    void* object;  // unless destroyed; it outlives this request
 };
 
-// A miss begins, inside a request.
+// A miss begins, inside a request. Also for a look at the object: a representative that is installed stays so.
 Miss begin_miss(Processor& p, Coid coid);
 
 // Installs the representative that the miss found. When the object has been destroyed meanwhile, or is being
 // switched, the entry stays empty; the request may still use the representative.
 void install(Processor& p, Coid coid, void* rep);
+
+// Takes back what the calling request has just installed: the next call misses.
+void uninstall(Processor& p, Coid coid);
 
 // Empties the entry of every processor: the next calls miss.
 void empty_everywhere(Coid coid);

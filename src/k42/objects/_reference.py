@@ -15,7 +15,7 @@ from types import GetSetDescriptorType, MemberDescriptorType, MethodDescriptorTy
 from typing import Any
 
 from k42 import _native
-from k42.objects._suspended import suspended
+from k42.objects._suspended import suspend, suspends
 
 _KEY = "_k42_reference_type"
 # Protects the setting of _KEY; innermost. Reentrant: a finaliser that the collector runs under it may create.
@@ -57,8 +57,12 @@ def reference_type(cls: type, base: type) -> type:
 
 
 def interface_of(references: type) -> frozenset[str]:
-    """Return the names of the methods and other attributes that a type of references has of its class."""
-    return frozenset(references.__dict__) - _OWN
+    """Return the names that whoever takes the place of the class must have: of its methods and other attributes.
+
+    Those that begin with an underscore are its own business, but for special methods.
+    """
+    names = frozenset(references.__dict__) - _OWN
+    return frozenset(name for name in names if not name.startswith("_") or name.startswith("__"))
 
 
 def _generate(cls: type, base: type) -> type:
@@ -67,7 +71,9 @@ def _generate(cls: type, base: type) -> type:
         if ancestor in base.__mro__:
             continue
         for name, value in ancestor.__dict__.items():
-            if name not in _NOT_FORWARDED:
+            # What Python knows about a class, such as __final__, is no part of its interface, unless it does something.
+            plain = name.startswith("__") and not hasattr(type(value), "__get__")
+            if name not in _NOT_FORWARDED and not plain:
                 attributes[name] = value
     namespace = {
         name: made for name, value in attributes.items() if (made := _descriptor(cls, name, value)) is not None
@@ -100,6 +106,6 @@ def _descriptor(cls: type, name: str, value: Any) -> Any:
     if isinstance(value, type):
         return value
     if callable(value) and hasattr(type(value), "__get__"):
-        return _native.Method(name, value, cls, suspended(value))
+        return _native.Method(name, value, cls, suspends(value), suspend)
     settable = hasattr(type(value), "__set__") and (not isinstance(value, property) or value.fset is not None)
     return _native.Attribute(name, settable)

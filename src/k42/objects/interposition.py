@@ -122,9 +122,10 @@ def interpose(ref: Any, arbiter: Arbiter) -> Interposition:
         arbitration = _native.arbitration_of(ref)
         if arbitration is None:
             arbitration = _Arbitration(ref)
-            _native.arbitrate(ref, arbitration)
         interposition = Interposition(arbitration, arbiter)
         arbitration.arbiters = (*arbitration.arbiters, interposition)
+        if len(arbitration.arbiters) == 1:
+            _native.arbitrate(ref, arbitration, True)
     return interposition
 
 
@@ -134,7 +135,10 @@ _lock = threading.RLock()
 
 
 class _Arbitration:
-    """The arbiters of one object, and the generic representative that gives them the calls."""
+    """The arbiters of one object, and the generic representative that gives them the calls.
+
+    It is made once for an object, and waits for the next arbiter when the last one has been released.
+    """
 
     def __init__(self, ref: Any) -> None:
         self.ref = ref
@@ -146,13 +150,13 @@ class _Arbitration:
         return self.target
 
     def remove(self, interposition: Interposition) -> None:
-        """Takes one out; the last one takes the arbitration with it."""
+        """Takes one out; after the last one calls are direct again."""
         with _lock:
             if interposition not in self.arbiters:
                 return
             self.arbiters = tuple(i for i in self.arbiters if i is not interposition)
             if not self.arbiters:
-                _native.arbitrate(self.ref, None)
+                _native.arbitrate(self.ref, self, False)
 
 
 class _Target:

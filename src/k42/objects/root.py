@@ -5,12 +5,14 @@ Sections 2.2.1 and 3.2 of the paper.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
+from k42 import _native
 from k42.objects import processors
 from k42.objects._creation import Reps
 
@@ -91,7 +93,8 @@ class Root:
             for rep in reps:
                 fn(rep)
 
-    # State transfer, for k42.swap(); in it nobody is inside the object.
+    # State transfer, for k42.swap(); in it nobody is inside the object. These methods, and those of representatives,
+    # run on any thread; they must not call the object by its reference, nor wait for a thread that may be calling it.
 
     def export_state(self, form: str) -> Any:
         """Return what the root itself has to give to another implementation, in this form; it changes nothing.
@@ -103,19 +106,19 @@ class Root:
     def import_state(self, form: str, state: Any) -> None:
         """Take what another implementation's root has exported in this form. The root is new, and has no reps."""
 
-    def _export(self, form: str) -> tuple[Any, list[tuple[int, Any]]]:
+    def _export(self, form: str, switch: _native.Switch) -> tuple[Any, list[tuple[int, Any]]]:
         """The root's state, and that of each representative with a processor that uses it."""
         reps = [(self._processor(key), rep) for key, rep in self._reps.items() if hasattr(rep, "export_state")]
-        states = _in_parallel(lambda item: item[1].export_state(form), reps)
+        states = _in_parallel(lambda item: item[1].export_state(form), reps, switch)
         return self.export_state(form), [(p, state) for (p, _), state in zip(reps, states, strict=True)]
 
-    def _import(self, form: str, exported: tuple[Any, list[tuple[int, Any]]]) -> None:
+    def _import(self, form: str, exported: tuple[Any, list[tuple[int, Any]]], switch: _native.Switch) -> None:
         state, states = exported
         self.import_state(form, state)
         by_key: dict[Hashable, list[Any]] = {}
         for processor, rep_state in states:
             by_key.setdefault(self._key(processor), []).append(rep_state)
-        _in_parallel(lambda item: self._rep_of(item[0]).import_state(form, item[1]), by_key.items())
+        _in_parallel(lambda item: self._rep_of(item[0]).import_state(form, item[1]), by_key.items(), switch)
 
     def _key(self, processor: int) -> Hashable:
         """Which representative takes over what one on this processor has exported."""
@@ -134,10 +137,18 @@ class Root:
         except AttributeError:
             return _first_reps(self)
 
-    def _released(self) -> None:
-        """Break the cycles, once nobody uses the object (the runtime calls it)."""
-        with suppress(AttributeError):  # of one that nobody called
-            self._made.clear()
+    def _released(self) -> list[tuple[Any, int]]:
+        """Break the cycles, once nobody uses the object; return the representatives with a hook, and their processors.
+
+        The runtime calls it. It knows itself of those that it has found in its own tables.
+        """
+        try:
+            reps = self._made
+        except AttributeError:
+            return []  # nobody has called the object
+        hooked = [(rep, self._processor(key)) for key, rep in reps.items() if hasattr(type(rep), "on_release")]
+        reps.clear()
+        return hooked
 
     def _rep_of(self, key: Hashable) -> Any:
         return self._reps.once(key, self.create_rep, self._name())
@@ -153,13 +164,18 @@ def _first_reps(root: Root) -> Reps:
     return made
 
 
-def _in_parallel(fn: Callable[[Any], _T], items: Iterable[Any]) -> list[_T]:
-    """Return fn of each item; with several items, on several threads."""
+def _in_parallel(fn: Callable[[Any], _T], items: Iterable[Any], switch: _native.Switch) -> list[_T]:
+    """Return fn of each item; with several items, on several threads, which all work on the switch."""
+
+    def work(item: Any) -> _T:
+        with switch:
+            return fn(item)
+
     items = list(items)
     if len(items) < 2:
         return [fn(item) for item in items]
     with ThreadPoolExecutor(min(len(items), len(os.sched_getaffinity(0))), "k42-transfer") as pool:
-        return list(pool.map(fn, items))
+        return list(pool.map(work, items))
 
 
 class SharedRoot(Root):
@@ -311,13 +327,13 @@ class PartitionedRoot(Root):
         """Return a router for the calling processor: it takes each call to the representative of its key."""
         return _Router(self)
 
-    def _import(self, form: str, exported: tuple[Any, list[tuple[int, Any]]]) -> None:
+    def _import(self, form: str, exported: tuple[Any, list[tuple[int, Any]]], switch: _native.Switch) -> None:
         """Each partition is given everything, and takes what is its own."""
         state, states = exported
         self.import_state(form, state)
         if states:
             everything = [rep_state for _, rep_state in states]
-            _in_parallel(lambda n: self._rep_of(n).import_state(form, everything), range(self.partitions))
+            _in_parallel(lambda n: self._rep_of(n).import_state(form, everything), range(self.partitions), switch)
 
 
 class _Router:
@@ -334,11 +350,19 @@ class _Router:
         if name in ("root", "__class__"):
             return object.__getattribute__(self, name)
         root = self.root
-        method = getattr(root.rep_class, name)
-        if hasattr(method, "__k42_global__"):
-            return method.__get__(self)
+        member = inspect.getattr_static(root.rep_class, name)
+        if hasattr(member, "__k42_global__") or not inspect.isfunction(member):
+            # A property is as a global method is; a constant needs no `self`.
+            return member.__get__(self, root.rep_class) if hasattr(member, "__get__") else member
 
-        def route(key: Hashable, *args: Any, **kwargs: Any) -> Any:
-            return getattr(root.rep_of(key), name)(key, *args, **kwargs)
+        def route(*args: Any, **kwargs: Any) -> Any:
+            if not args:
+                raise TypeError(
+                    f"{root.rep_class.__qualname__}.{name}() takes the key as its first argument, not by name: it is "
+                    "sent to the partition of its key; mark a method that has none `global_method`"
+                )
+            rep = root.rep_of(args[0])
+            result = getattr(rep, name)(*args, **kwargs)
+            return root.ref if result is rep else result
 
         return route

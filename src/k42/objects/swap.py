@@ -8,6 +8,7 @@ object as it was.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -26,8 +27,8 @@ def swap(ref: Any, target: type[Object], *args: Any, timeout: float = 10.0, keep
 
     Args:
         ref: the reference.
-        target: the new class; of an interface of `k42.structures`, its default. It must have every method that the references have, and one of the forms in its
-            `transfers` must be one of the old class's.
+        target: the new class; an interface of `k42.structures` stands for its default. It must have every public method
+            that the references have, and one of the forms in its `transfers` must be one of the old class's.
         args, kwargs: for the `__init__` of the new root, like those of `create`.
         timeout: seconds to wait for the calls that run. New calls are held up for parts of it, one second at the most
             at once, so that calls that wait for each other get done.
@@ -43,9 +44,14 @@ def swap(ref: Any, target: type[Object], *args: Any, timeout: float = 10.0, keep
             as it was.
         Destroyed: the object has been destroyed.
         TypeError: `target` is no such class.
+        ValueError: `timeout` is not a number of seconds.
+
+    What the new root's `__init__` raises passes to the caller; the object is as it was.
     """
     if not (isinstance(target, type) and issubclass(target, Object)):
         raise TypeError(f"swap() needs a class that derives from k42.Object, not {target!r}")
+    if math.isnan(timeout):
+        raise ValueError("timeout is a number of seconds, not NaN")
     target = target.__dict__.get("_default", target)
     old = _native.root_of(ref)
     missing = sorted(name for name in interface_of(type(ref)) if not hasattr(target, name))
@@ -64,17 +70,22 @@ def swap(ref: Any, target: type[Object], *args: Any, timeout: float = 10.0, keep
             old = switch.root()
             form = _negotiate(old, target)
         try:
-            new._import(form, old._export(form))
+            state = old._export(form, switch)
+            try:
+                new._import(form, state, switch)
+            except BaseException:
+                _native.end_root(new)
+                raise
         except Exception as error:
             raise SwapRefused(
                 f"{old.rep_class.__qualname__} stays as it is: the transfer of its state to {target.__qualname__} in "
                 f"the form {form!r} failed: {error}"
             ) from error
         if keep:
-            kept = old.ref = _native.create_reference(reference_type(old.rep_class, Object), old)
-            switch.replace(new)
+            kept = _native.create_reference(reference_type(old.rep_class, Object), old)
+            switch.keep(new, kept)
             return kept
-        switch.replace(new)._released()
+        switch.replace(new)
         return None
     finally:
         switch.end()
@@ -107,7 +118,8 @@ def _begin(ref: Any, old: Root, timeout: float) -> _native.Switch:
         case "in request":
             raise SwapRefused(
                 f"{name} stays as it is: swap() was called within a request, that is a call on a Clustered Object or "
-                "k42.request(), for whose end it would have to wait: call it from outside, or from another thread"
+                "k42.request(), or within a swap of the same object, for whose end it would have to wait: "
+                "call it from outside, or from another thread"
             )
         case "busy":
             raise SwapRefused(f"{name} stays as it is: another swap of it did not end within {timeout:g} s")
