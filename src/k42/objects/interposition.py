@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any, Self
 
 from k42 import _native
+from k42.errors import Destroyed
 from k42.objects.root import Root
 
 
@@ -68,9 +70,9 @@ class Interposition:
         self._arbiter = arbiter
 
     def release(self) -> None:
-        """Take the arbiter out: calls that begin from now on do not go to it. A second release does nothing.
+        """Take the arbiter out: calls that begin from now on do not go to it.
 
-        Raises `Destroyed` when the object has been destroyed.
+        A second release does nothing, nor does one after the object has been destroyed.
         """
         self._arbitration.remove(self)
 
@@ -156,7 +158,8 @@ class _Arbitration:
                 return
             self.arbiters = tuple(i for i in self.arbiters if i is not interposition)
             if not self.arbiters:
-                _native.arbitrate(self.ref, self, False)
+                with contextlib.suppress(Destroyed):
+                    _native.arbitrate(self.ref, self, False)
 
 
 class _Target:
