@@ -966,7 +966,7 @@ def interrupt_soon(ready):
 
     def body():
         ready()
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     return start(body)
 

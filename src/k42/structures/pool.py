@@ -185,10 +185,10 @@ class _PoolRoot(Root):
         """
         self.pool.import_state(state["factory"], state["capacity"], state["free"], state["taken"])
 
-    def _released(self) -> None:
+    def _released(self) -> list[tuple[Any, int]]:
         if hasattr(self, "pool"):  # else making it failed
             self.pool.wake()  # whoever waits finds the reference empty
-        super()._released()
+        return super()._released()
 
 
 @final
