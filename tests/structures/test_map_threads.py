@@ -470,3 +470,39 @@ def test_empty_is_one_step(seed, shared):
     with frequent_switches():
         in_threads(3, work)
     check(history, Specification)
+
+
+# Swapping
+
+
+def test_swapped_while_it_is_used():
+    """Another implementation each time, and nothing is lost or seen twice."""
+    threads, steps, swaps = 3, 400, 12
+    m = SharedMap.create()
+    m["n"] = 0
+    view = m.keys()
+    done = threading.Event()
+
+    def work(i):
+        if i == 0:
+            try:
+                for turn in range(swaps):
+                    k42.swap(m, (PartitionedMap, ReplicatedMap, SharedMap)[turn % 3])
+            finally:
+                done.set()
+            return
+        n = 0
+        while n < steps or not done.is_set():
+            n += 1
+            m.scatter("n", lambda v: v + 1)
+            m[i, n] = n
+            assert m[i, n] == n
+            assert m.find_or_allocate((i, n), int) == (n, False)
+        totals[i] = n
+
+    totals = [0] * (threads + 1)
+    in_threads(threads + 1, work)
+    assert m["n"] == sum(totals)
+    assert set(view) == {"n", *((i, n) for i in range(1, threads + 1) for n in range(1, totals[i] + 1))}
+    assert isinstance(m, SharedMap)
+    k42.destroy(m)
