@@ -22,6 +22,13 @@ class Held {
     explicit Held(std::mutex& lock) : lock_(lock) {
         if (lock_.try_lock()) [[likely]]
             return;
+#ifdef Py_GIL_DISABLED
+        // Locks are held for 100 ns, to sleep and detach costs microseconds. With a GIL whoever holds it waits for us.
+        for (int turns = 1; turns <= 64; turns *= 2) {
+            for (int i = 0; i < turns; ++i) relax();
+            if (lock_.try_lock()) return;
+        }
+#endif
         Detached detached;
         lock_.lock();
     }
@@ -30,6 +37,14 @@ class Held {
     Held& operator=(const Held&) = delete;
 
   private:
+    static void relax() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("yield");
+#endif
+    }
+
     std::mutex& lock_;
 };
 
