@@ -99,6 +99,7 @@ int add_reference(PyObject* module);
 int add_counter(PyObject* module);
 int add_pool(PyObject* module);
 int add_map(PyObject* module);
+int add_core_experiments(PyObject* module);
 int add_allocator(PyObject* module);
 int add_gate(PyObject* module);
 int add_vm(PyObject* module);           // Linux only

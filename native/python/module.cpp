@@ -14,6 +14,7 @@ int exec(PyObject* module) {
     if (add_counter(module) < 0) return -1;
     if (add_pool(module) < 0) return -1;
     if (add_map(module) < 0) return -1;
+    if (add_core_experiments(module) < 0) return -1;
     if (add_allocator(module) < 0) return -1;
     if (add_gate(module) < 0) return -1;
 #ifdef __linux__

@@ -4,7 +4,6 @@
 // The first two are the one representative of their object. The others are the shared state that a root holds;
 // their join() makes the representatives, PackedPart and PaddedPart. A call on a reference touches nothing of the
 // interpreter that threads share.
-#include <chrono>
 #include <iterator>
 #include <new>
 
@@ -107,7 +106,7 @@ PyObject* set_full() {
 // The interface.
 struct Counter {
     static inline PyTypeObject* type = nullptr;
-    static constexpr const char* names[] = {"add", "value", "approximate", "time_adds"};
+    static constexpr const char* names[] = {"add", "value", "approximate"};
 };
 
 // Its methods on a representative of type Rep.
@@ -130,38 +129,7 @@ struct Methods {
         return takes_none("approximate", nargs, kwnames) ? result(edge::approximate(of(self))) : nullptr;
     }
 
-    [[gnu::noinline]] static bool add_one(Rep& rep) {
-        if constexpr (requires { rep.part; }) {
-            return rep.part->add(1);
-        } else {
-            return rep.add(1);
-        }
-    }
-
-    static PyObject* time_adds(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
-        using Clock = std::chrono::steady_clock;  // on Linux the clock of time.monotonic_ns()
-        uint64_t calls, start;
-        if (kwnames) {
-            PyErr_SetString(PyExc_TypeError, "time_adds() takes no keyword arguments");
-            return nullptr;
-        }
-        if (!unpack("time_adds", args, nargs, calls, start)) return nullptr;
-        Rep& rep = of(self);
-        bool added = true;
-        std::chrono::duration<double> seconds;
-        {
-            Detached detached;
-            const Clock::time_point from{std::chrono::nanoseconds(start)};
-            while (Clock::now() < from) {
-            }
-            const auto begin = Clock::now();
-            for (uint64_t i = 0; i < calls && added; ++i) added = add_one(rep);
-            seconds = Clock::now() - begin;
-        }
-        return added ? PyFloat_FromDouble(seconds.count()) : set_full();
-    }
-
-    static constexpr NativeMethod table[] = {add, value, approximate, time_adds};
+    static constexpr NativeMethod table[] = {add, value, approximate};
     static_assert(std::size(table) == std::size(Counter::names));
 };
 
@@ -174,8 +142,6 @@ PyMethodDef methods[] = {
     entry<0>(PyDoc_STR("add($self, /, k=1)\n--\n\nCount `k` more; see k42.structures.Counter.")),
     entry<1>(PyDoc_STR("value($self, /)\n--\n\nReturn the count; see k42.structures.Counter.")),
     entry<2>(PyDoc_STR("approximate($self, /)\n--\n\nReturn about the count; see k42.structures.Counter.")),
-    entry<3>(PyDoc_STR("time_adds($self, calls, start, /)\n--\n\n"
-                       "Wait for `start` (monotonic ns), add 1 so many times in native code; return the seconds.")),
     {nullptr, nullptr, 0, nullptr},
 };
 

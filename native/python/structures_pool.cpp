@@ -363,42 +363,54 @@ PyObject* give_back(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyO
 struct LeaseObject {
     PyObject_HEAD PyObject* pool;
     PyObject* timeout;
+    bool native;                  // the pool's methods are those of the interface
     std::atomic<PyObject*> item;  // atomic for threads that share what they should not
 
     static LeaseObject& of(PyObject* self) { return *reinterpret_cast<LeaseObject*>(self); }
 };
 
-PyObject* make_lease(PyObject* pool, PyObject* timeout) {
+PyObject* take(const LeaseObject& lease) {
+    if (lease.native) return take(lease.pool, &lease.timeout, 1, nullptr);
+    PyObject* args[] = {lease.pool, lease.timeout};
+    return PyObject_VectorcallMethod(take_name, args, 2, nullptr);
+}
+
+PyObject* give_back(const LeaseObject& lease, PyObject* item) {
+    if (lease.native) return give_back(lease.pool, &item, 1, nullptr);
+    PyObject* args[] = {lease.pool, item};
+    return PyObject_VectorcallMethod(give_back_name, args, 2, nullptr);
+}
+
+PyObject* make_lease(PyObject* pool, PyObject* timeout, bool native) {
     Ref zero = timeout ? Ref::borrow(timeout) : Ref::steal(PyLong_FromLong(0));
     PyObject* self = zero ? lease_type->tp_alloc(lease_type, 0) : nullptr;
     if (!self) return nullptr;
     LeaseObject::of(self).pool = Py_NewRef(pool);
     LeaseObject::of(self).timeout = zero.release();
+    LeaseObject::of(self).native = native;
     return self;
 }
 
 PyObject* item(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
     PyObject* timeout = nullptr;
     if (!one_argument("item", "timeout", args, nargs, kwnames, timeout)) return nullptr;
-    return make_lease(self, timeout);
+    return make_lease(self, timeout, true);
 }
 
 PyObject* lease_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     PyObject *pool, *timeout;
     if (!unpack_new(type->tp_name, args, kwargs, pool, timeout)) return nullptr;
-    return make_lease(pool, timeout);
+    return make_lease(pool, timeout, false);
 }
 
 PyObject* lease_enter(PyObject* self, PyObject*) {
     LeaseObject& lease = LeaseObject::of(self);
     PyObject* none = nullptr;
     if (!lease.item.load()) {
-        PyObject* args[] = {lease.pool, lease.timeout};
-        Ref taken = Ref::steal(PyObject_VectorcallMethod(take_name, args, 2, nullptr));
+        Ref taken = Ref::steal(take(lease));
         if (!taken) return nullptr;
         if (lease.item.compare_exchange_strong(none, taken.get())) return Py_NewRef(taken.release());
-        PyObject* back[] = {lease.pool, taken.get()};
-        if (!Ref::steal(PyObject_VectorcallMethod(give_back_name, back, 2, nullptr))) return nullptr;
+        if (!Ref::steal(give_back(lease, taken.get()))) return nullptr;
     }
     PyErr_SetString(PyExc_RuntimeError, "this item is taken already: each `with` needs an item() of its own");
     return nullptr;
@@ -411,8 +423,7 @@ PyObject* lease_exit(PyObject* self, PyObject* const*, Py_ssize_t) {
         PyErr_SetString(PyExc_RuntimeError, "this item has not been taken: it is for a `with`");
         return nullptr;
     }
-    PyObject* args[] = {lease.pool, item.get()};
-    return PyObject_VectorcallMethod(give_back_name, args, 2, nullptr);
+    return give_back(lease, item.get());
 }
 
 int lease_traverse(PyObject* self, visitproc visit, void* arg) {
@@ -699,10 +710,17 @@ int add_pool(PyObject* module) {
     counts_type = PyStructSequence_NewType(&counts_desc);
     if (!counts_type || PyModule_AddType(module, counts_type) < 0) return -1;
     lease_type = add_type(module, &lease_spec);
+    if (!lease_type) return -1;
+    // What each `with` would count.
+    share_forever(reinterpret_cast<PyObject*>(lease_type));
+    for (const char* name : {"__enter__", "__exit__"}) {
+        Ref method = Ref::steal(PyObject_GetAttrString(reinterpret_cast<PyObject*>(lease_type), name));
+        if (!method) return -1;
+        share_forever(method.get());
+    }
     Pool::type = add_interface(module, "k42._native.PoolRep", "The interface of native pools.", methods);
     const bool added =
-        lease_type && Pool::type &&
-        add<Shared>(module, "k42._native.SharedPool", "k42._native.SharedPoolRep", make_shared) &&
+        Pool::type && add<Shared>(module, "k42._native.SharedPool", "k42._native.SharedPoolRep", make_shared) &&
         add<Distributed>(module, "k42._native.DistributedPool", "k42._native.PoolPart", make_distributed);
     return added ? 0 : -1;
 }

@@ -102,7 +102,7 @@ def _options(
 
 @app.command()
 def experiment(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="One of: counter, faults, grep, memclone.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="One of: counter, faults, grep, memclone, structures.")],
     machine: Annotated[Machine, typer.Option(help="Where to run it.")] = Machine.real,
     processors: Annotated[
         Any,

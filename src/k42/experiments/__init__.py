@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from k42.experiments import counter, faults, grep, memclone
+from k42.experiments import counter, faults, grep, memclone, structures
 from k42.experiments._runner import Options, Report
 
 __all__ = ["EXPERIMENTS", "Options", "Report"]
@@ -18,4 +18,5 @@ EXPERIMENTS: dict[str, Callable[[Options], Report]] = {
     "faults": faults.run,
     "grep": grep.run,
     "memclone": memclone.run,
+    "structures": structures.run,
 }

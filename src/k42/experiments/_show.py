@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,17 @@ _COLOURS = {
     "no-op": "#999999",
 }
 
+# Where a name is made of where the state lives and what it is: from Python, and in the core alone. Others are grey.
+_HUES = {
+    "Shared": ("#4c6a92", "#a9bdd9"),
+    "Atomic": ("#4f8a5b", "#a3c9aa"),
+    "Packed": ("#8a5a99", "#d8c3e0"),
+    "Partitioned": ("#8a5a99", "#d8c3e0"),
+    "Distributed": ("#d1662f", "#eeb08c"),
+    "Replicated": ("#d1662f", "#eeb08c"),
+}
+_GREYS = ("#333333", "#6e6e6e", "#999999", "#bdbdbd", "#dddddd")
+
 
 def size(nbytes: int) -> str:
     """A number of bytes as people write it: `size(65536)` is `64 KiB`."""
@@ -61,6 +73,29 @@ def counted(processors: int) -> str:
 
 def _page_size(record: Record) -> int:
     return record.parameters.get("page_size", 0)
+
+
+def _operation(name: str) -> str:
+    """The operation of an `operation/implementation`; empty where one experiment is one operation."""
+    return name.rpartition("/")[0]
+
+
+def _short(name: str) -> str:
+    """The name without its operation."""
+    return name.rpartition("/")[2]
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each of the names in a panel."""
+    greys = itertools.cycle(_GREYS)
+
+    def colour(name: str) -> str:
+        for prefix, (plain, core) in _HUES.items():
+            if name.startswith(prefix):
+                return core if name.endswith("(core)") else plain
+        return next(greys)
+
+    return {name: _COLOURS.get(name) or colour(_short(name)) for name in names}
 
 
 class _Layout:
@@ -109,7 +144,9 @@ def table(title: str, records: Sequence[Record]) -> Group:
     result.add_column(f"{layout.first.metric},\n{layout.first.unit}")
     for group in layout.groups:
         result.add_column(layout.label(group), justify="right")
-    for series in layout.series:
+    for before, series in zip([layout.series[0], *layout.series], layout.series, strict=False):
+        if _operation(before) != _operation(series):
+            result.add_section()
         result.add_row(series, *(_cell(layout.cells.get((series, group))) for group in layout.groups))
     caption = f"Median of {layout.first.runs} interleaved rounds ± half of the interquartile range."
     return Group(f"[bold]{title}[/]", result, f"[dim]{caption}[/]")
@@ -122,7 +159,7 @@ def _cell(record: Record | None) -> str:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """Draw the records, one panel an experiment, into a file of the kind that its name ends with.
+    """Draw the records, one panel an experiment or an operation of it, into a file of the kind that its name ends with.
 
     With one or two numbers of processors the panel has bars, side by side; with more it has lines against
     processors on logarithmic axes, as the paper's figures have it.
@@ -135,19 +172,23 @@ def plot(records: Sequence[Record], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise Error("a plot needs matplotlib: pip install 'k42[plot]'") from error
-    panels = [
-        [record for record in records if record.experiment == experiment]
-        for experiment in dict.fromkeys(record.experiment for record in records)
-    ]
-    width = sum(max(5.5, 0.36 * len(panel)) for panel in panels)
-    figure = Figure(figsize=(width, 5), layout="constrained")
+    panels: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        panels.setdefault((record.experiment, _operation(record.implementation)), []).append(record)
+    columns = min(len(panels), 3)
+    width = columns * max(max(5.5, 0.36 * len(panel)) for panel in panels.values())
+    figure = Figure(figsize=(width, 5 * math.ceil(len(panels) / columns)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    places = list(figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flat)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    for axes, ((_, operation), panel) in zip(places, panels.items(), strict=False):
         draw = _bars if len({record.processors for record in panel}) <= 2 else _lines
         draw(axes, panel)
         first = panel[0]
         rows = math.ceil(len(axes.get_legend_handles_labels()[0]) / 4)
-        axes.set_title(first.experiment, loc="left", fontweight="bold", pad=12 + 15 * rows)
+        title = f"{first.experiment}: {operation}" if operation else first.experiment
+        axes.set_title(title, loc="left", fontweight="bold", pad=12 + 15 * rows)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), frameon=False, ncols=4, fontsize="small")
         axes.set_ylabel(f"{first.metric.replace('_', ' ')}, {first.unit.replace('us', 'µs')}")
         axes.spines[["top", "right"]].set_visible(False)
@@ -161,6 +202,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
 def _bars(axes: Axes, records: Sequence[Record]) -> None:
     """A bar for each series in each group, with its value above it."""
     layout = _Layout(records)
+    colours = _colours(layout.series)
     width = 0.84 / len(layout.series)
     for i, series in enumerate(layout.series):
         own = {at: layout.cells[series, group] for at, group in enumerate(layout.groups)}
@@ -170,8 +212,8 @@ def _bars(axes: Axes, records: Sequence[Record]) -> None:
             width * 0.92,
             yerr=[record.spread / 2 for record in own.values()],
             error_kw={"elinewidth": 0.8, "ecolor": "#333333"},
-            color=_COLOURS.get(series),
-            label=series,
+            color=colours[series],
+            label=_short(series),
         )
         axes.bar_label(bars, [number(record.value) for record in own.values()], padding=2, fontsize=7)
     axes.set_xticks(range(len(layout.groups)), [layout.label(group) for group in layout.groups])
@@ -187,15 +229,16 @@ def _lines(axes: Axes, records: Sequence[Record]) -> None:
     for record in sorted(records, key=lambda record: record.processors):
         lines.setdefault((record.implementation, _page_size(record)), []).append(record)
     styles = dict(zip(sorted({page_size for _, page_size in lines}), ("-", "--", ":"), strict=False))
+    colours = _colours([name for name, _ in lines])
     for (name, page_size), own in lines.items():
         axes.errorbar(
             [record.processors for record in own],
             [record.value for record in own],
             yerr=[record.spread / 2 for record in own],
-            color=_COLOURS.get(name),
+            color=colours[name],
             linestyle=styles[page_size],
             marker="o",
-            label=f"{name}, {size(page_size)} pages" if page_size else name,
+            label=f"{name}, {size(page_size)} pages" if page_size else _short(name),
         )
     counts = sorted({record.processors for record in records})
     axes.set_xscale("log", base=2)

@@ -5,7 +5,7 @@ same time on any number of processors. The paper's call is one to a server in an
 protected procedure calls it is a plain one here, so what is counted with is all that there is to see: the paper's
 factors are of a call that costs a thousand times more than the counting.
 
-From native code, in a loop on the local representative (a function call each):
+From native code, in a loop on the part of the processor (a function call each):
 
 - `native-lock`: a count under a mutex.
 - `native-atomic`: a count that is changed atomically.
@@ -34,10 +34,11 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from k42 import _native
 from k42.errors import Error
 from k42.experiments._record import Case, Samples
 from k42.experiments._runner import Gate, Options, Report, interleave, on_processors
-from k42.objects import destroy, local
+from k42.objects import destroy
 from k42.structures import AtomicCounter, Counter, DistributedCounter, PackedCounter, SharedCounter
 
 CALLS = 200_000  # of each thread from Python, and ten times as many from native code
@@ -69,9 +70,8 @@ class LockedCounter:
             return self._n
 
 
-def _native(counter: Any, calls: int, start: int) -> float:
-    seconds: float = local(counter).time_adds(calls, start)
-    return seconds
+def _native_loop(counter: _native.CoreLoop, calls: int, start: int) -> float:
+    return counter.run(calls, start)
 
 
 def _python(counter: Any, calls: int, start: int) -> float:
@@ -110,11 +110,16 @@ def _of_python(create: Callable[[], Any]) -> _Implementation:
     return _Implementation(create, _own(_python))  # type: ignore[arg-type]
 
 
+def _of_core(counter: type[Counter]) -> _Implementation:
+    create = functools.partial(_native.CoreLoop, f"counter.add/{counter.__name__}")
+    return _Implementation(create, _native_loop, NATIVE)
+
+
 IMPLEMENTATIONS = {
-    "native-lock": _Implementation(SharedCounter.create, _native, NATIVE),
-    "native-atomic": _Implementation(AtomicCounter.create, _native, NATIVE),
-    "native-array": _Implementation(PackedCounter.create, _native, NATIVE),
-    "native-padded": _Implementation(DistributedCounter.create, _native, NATIVE),
+    "native-lock": _of_core(SharedCounter),
+    "native-atomic": _of_core(AtomicCounter),
+    "native-array": _of_core(PackedCounter),
+    "native-padded": _of_core(DistributedCounter),
     "SharedCounter": _of_python(SharedCounter.create),
     "AtomicCounter": _of_python(AtomicCounter.create),
     "PackedCounter": _of_python(PackedCounter.create),
@@ -142,8 +147,9 @@ def time_per_call(implementation: _Implementation, processors: int, calls: int) 
         return implementation.loop(counter, calls, gate.wait())
 
     seconds = statistics.mean(on_processors(processors, body))
-    if isinstance(counter, (Counter, LockedCounter)):
-        counted, expected = counter.value(), processors * (WARM_UP + calls)
+    if not isinstance(counter, str):
+        counted = counter.counted() if isinstance(counter, _native.CoreLoop) else counter.value()
+        expected = processors * (WARM_UP + calls)
         if counted != expected:
             raise Error(f"counter: {expected} calls were counted as {counted}")
     if isinstance(counter, Counter):
