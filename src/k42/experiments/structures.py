@@ -8,10 +8,10 @@ and leaving it, taking an item and giving it back. Implementations are named `op
 - `counter.add`: count one more; `counter.value`: read the count. Peers: `+=` under a `threading.Lock`,
   `itertools.count` (`next`), `cereggii.AtomicInt64`, `prometheus_client`'s `Counter.inc`.
 - `gate.enter+leave`, and the same as `gate.with`. Peers: a count under a lock; a lock, which lets one in at a time.
-- `map.get`: `map[key]` of a key that all look up, whose value is a `str`, which a `ReplicatedMap` copies to each
-  processor where there is no GIL; `map.get object`: the same, but the value is one object for all, whose reference
-  count all change; `map.set`: each thread with a key of its own. Peers: a `dict`, a `dict` under a lock,
-  `functools.lru_cache`, `cereggii.AtomicDict`.
+- `map.get`: `map[42]`, which all look up. The key is immortal, so nobody counts it; the value is a `str`, which a
+  `ReplicatedMap` copies to each processor where there is no GIL. `map.get object`: the same, but the value is one
+  object for all, whose reference count all change. `map.set`: each thread with a key of its own. Peers: a `dict`, a
+  `dict` under a lock, `functools.lru_cache`, `cereggii.AtomicDict`.
 - `pool.take+give_back`, and the same as `pool.with`. Peers: `queue.SimpleQueue` and `queue.Queue`, a `deque`, and a
   list under a lock.
 - `no-op`: a method of an immortal object that does nothing, once and twice (`"".isascii()`): the yardsticks of calls.
@@ -164,7 +164,7 @@ def _items() -> list[object]:
 
 
 def _strings() -> dict[object, object]:
-    return {f"key {i}": f"value {i}" for i in range(64)}
+    return {i: f"value {i}" for i in range(64)}
 
 
 class _Value:
@@ -172,7 +172,7 @@ class _Value:
 
 
 def _objects() -> dict[object, object]:
-    return {f"key {i}": _Value() for i in range(64)}
+    return {i: _Value() for i in range(64)}
 
 
 def _map(implementation: type[Map[Any, Any]], entries: Callable[[], dict[object, object]]) -> Map[Any, Any]:
@@ -256,8 +256,8 @@ def _maps() -> list[Row]:
     rows = []
     cereggii = _peer("cereggii")
     for operation, entries, code in (
-        ("get", _strings, "it['key 42']"),
-        ("get object", _objects, "it['key 42']"),
+        ("get", _strings, "it[42]"),
+        ("get object", _objects, "it[42]"),
         ("set", _strings, "it[get_ident()] = None"),
     ):
         makers: dict[str, Callable[[dict[object, object]], Any]] = {"dict": dict, "locked dict": LockedDict}
@@ -269,7 +269,7 @@ def _maps() -> list[Row]:
             rows.append(_row(f"map.{operation}/{name}", functools.partial(_made, make, entries), code))
         if operation != "set":
             cache = functools.partial(_cache, entries)
-            rows.append(_row(f"map.{operation}/lru_cache", cache, "it('key 42')"))
+            rows.append(_row(f"map.{operation}/lru_cache", cache, "it(42)"))
     rows += [_core(f"map.get/{each.__name__}") for each in (SharedMap, PartitionedMap, ReplicatedMap)]
     return rows
 
