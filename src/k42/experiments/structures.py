@@ -12,6 +12,8 @@ and leaving it, taking an item and giving it back. Implementations are named `op
   `ReplicatedMap` copies to each processor where there is no GIL. `map.get object`: the same, but the value is one
   object for all, whose reference count all change. `map.set`: each thread with a key of its own. Peers: a `dict`, a
   `dict` under a lock, `functools.lru_cache`, `cereggii.AtomicDict`.
+- `intervals.get`: which of 64 disjoint ranges has this number in it? Peers: `bisect` on a sorted list, alone and under
+  a lock.
 - `pool.take+give_back`, and the same as `pool.with`. Peers: `queue.SimpleQueue` and `queue.Queue`, a `deque`, and a
   list under a lock.
 - `no-op`: a method of an immortal object that does nothing, once and twice (`"".isascii()`): the yardsticks of calls.
@@ -25,6 +27,7 @@ Peers that are not installed are left out, and it is said so: `pip install 'k42[
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import functools
@@ -139,6 +142,32 @@ class LockedDict:
     def __setitem__(self, key: object, value: object) -> None:
         with self._lock:
             self._items[key] = value
+
+
+class SortedRanges:
+    """Disjoint ranges in a sorted list; whoever changes it makes a new one."""
+
+    def __init__(self) -> None:
+        self._starts = [16 * i for i in range(64)]
+        self._ranges = [(start, start + 8, _Value()) for start in self._starts]
+
+    def get(self, number: int) -> object:
+        """Return what belongs to the range that has the number in it."""
+        start, end, value = self._ranges[bisect.bisect_right(self._starts, number) - 1]
+        return value if start <= number < end else None
+
+
+class LockedRanges(SortedRanges):
+    """The same, changed in place under a lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()  # protects the lists
+
+    def get(self, number: int) -> object:
+        """Return what belongs to the range that has the number in it."""
+        with self._lock:
+            return super().get(number)
 
 
 class LockedPool:
@@ -274,6 +303,14 @@ def _maps() -> list[Row]:
     return rows
 
 
+def _intervals() -> list[Row]:
+    rows = [
+        _row("intervals.get/bisect", SortedRanges, "it.get(675)"),
+        _row("intervals.get/locked bisect", LockedRanges, "it.get(675)"),
+    ]
+    return rows + [_core(f"intervals.get/{name}") for name in ("SharedIntervalMap", "ReplicatedIntervalMap")]
+
+
 def _pools() -> list[Row]:
     rows = []
     for operation, code in (
@@ -309,7 +346,7 @@ def _peer(module: str) -> Any:
 def rows() -> list[Row]:
     """All that is measured, in the order of each round."""
     by_operation: dict[str, list[Row]] = {}
-    for row in (*_yardsticks(), *_counters(), *_gates(), *_maps(), *_pools()):
+    for row in (*_yardsticks(), *_counters(), *_gates(), *_maps(), *_intervals(), *_pools()):
         by_operation.setdefault(row.name.rpartition("/")[0], []).append(row)
     return [row for each in by_operation.values() for row in each]
 
@@ -402,7 +439,8 @@ def _against_peers(samples: Sequence[Samples], processors: int) -> list[str]:
     by_operation: dict[str, list[tuple[str, Samples]]] = {}
     for each in samples:
         operation, _, name = each.case.implementation.rpartition("/")
-        by_operation.setdefault(operation, []).append((name, each))
+        if not name.endswith(CORE):
+            by_operation.setdefault(operation, []).append((name, each))
     lines = []
     for operation, found in by_operation.items():
         own = next((each for name, each in found if name.startswith(("Distributed", "Replicated"))), None)
