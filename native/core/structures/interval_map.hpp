@@ -109,8 +109,7 @@ class IntervalTree {
     Nodes nodes_;
 };
 
-// `Lock` is std::mutex, or one that does more while it waits.
-template <class Value, class Lock = std::mutex>
+template <class Value>
 class SharedIntervalMap {
   public:
     using Interval = k42::Interval<Value>;
@@ -159,21 +158,22 @@ class SharedIntervalMap {
         return all;
     }
 
-    // Calls visit(value) for each value, without the lock: only while nobody changes the map.
+    // Calls visit(interval) for each until one returns what is not 0; without the lock: only while nobody changes the
+    // map.
     template <class Visit>
     int visit(Visit visit) const {
         for (const auto& [start, node] : intervals_) {
-            if (const int stop = visit(node.payload)) return stop;
+            if (const int stop = visit(Interval{start, node.end, node.payload})) return stop;
         }
         return 0;
     }
 
   private:
-    mutable Lock lock_;  // protects intervals_; a leaf: no other lock is taken while it is held
+    mutable std::mutex lock_;  // protects intervals_; a leaf: no other lock is taken while it is held
     IntervalTree<Value> intervals_;
 };
 
-template <class Value, class Lock = std::mutex>
+template <class Value>
 class ReplicatedIntervalMap {
   public:
     using Interval = k42::Interval<Value>;
@@ -311,17 +311,18 @@ class ReplicatedIntervalMap {
         return all;
     }
 
-    // Calls visit(value) for each value, without the lock: only while nobody changes the map.
+    // Calls visit(interval) for each until one returns what is not 0; without the lock: only while nobody changes the
+    // map.
     template <class Visit>
     int visit(Visit visit) const {
         for (const auto& [start, node] : master_) {
-            if (const int stop = visit(node.payload.value)) return stop;
+            if (const int stop = visit(Interval{start, node.end, node.payload.value})) return stop;
         }
         return 0;
     }
 
   private:
-    mutable Lock lock_;  // protects master_, replicas_ and the lists of copies; a leaf, nothing is taken under it
+    mutable std::mutex lock_;  // protects master_, replicas_ and the lists of copies; a leaf, nothing is taken under it
     IntervalTree<Original> master_;
     Replica* replicas_ = nullptr;  // newest first
 };
