@@ -33,8 +33,7 @@ class Root:
     Section 2.2.1 of the paper.
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_made", "ref", "rep_class")
-
+    # No __slots__: from 3.13 on attributes lie in the object itself only where a class has none.
     rep_class: type[Any]
     ref: Any
     _made: Reps  # once there are any: an object that nobody calls has none
@@ -158,9 +157,8 @@ class Root:
 
 
 def _first_reps(root: Root) -> Reps:
-    # Of threads that race the first one's lasts: setdefault is atomic. The slot is there for the calls that follow.
-    made: Reps = root.__dict__.setdefault("_k42_reps", Reps())
-    root._made = made
+    # Of threads that race the first one's lasts: setdefault is atomic.
+    made: Reps = root.__dict__.setdefault("_made", Reps())
     return made
 
 
@@ -191,8 +189,6 @@ class SharedRoot(Root):
     Section 3.2 of the paper.
     """
 
-    __slots__ = ()
-
     def handle_miss(self) -> Any:
         """Return the only representative; the first caller makes it."""
         return self._rep_of(None)
@@ -214,8 +210,6 @@ class ClusteredRoot(Root):
 
     Section 2.2 of the paper.
     """
-
-    __slots__ = ()
 
     size: ClassVar[int | None] = None
 
@@ -250,8 +244,6 @@ class DistributedRoot(Root):
 
     Section 3.2 of the paper.
     """
-
-    __slots__ = ()
 
     def handle_miss(self) -> Any:
         """Return the calling processor's representative, which the first caller makes."""
@@ -310,8 +302,6 @@ class PartitionedRoot(Root):
     >>> k42.destroy(scores)
     True
     """
-
-    __slots__ = ()
 
     partitions: ClassVar[int] = 16
 
