@@ -12,7 +12,7 @@ from k42.experiments import structures
 from k42.experiments._runner import default_processors
 
 OPERATIONS = {
-    *("no-op", "counter.add", "counter.value", "gate.enter+leave", "gate.with"),
+    *("no-op", "call", "counter.add", "counter.value", "gate.enter+leave", "gate.with"),
     *("map.get", "map.get object", "map.set", "intervals.get"),
     *("pool.take+give_back", "pool.with"),
 }

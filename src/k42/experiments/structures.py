@@ -5,6 +5,8 @@ same time on any number of processors. `time_per_call` is what a repetition take
 thread from its first to its last one, the mean of the threads. Operations that belong together are one: entering a gate
 and leaving it, taking an item and giving it back. Implementations are named `operation/implementation`:
 
+- `call`: a method in Python that does nothing, by the reference to a distributed object, directly on the
+  representative that `k42.local` returns, and on an ordinary object that all share.
 - `counter.add`: count one more; `counter.value`: read the count. Peers: `+=` under a `threading.Lock`,
   `itertools.count` (`next`), `cereggii.AtomicInt64`, `prometheus_client`'s `Counter.inc`.
 - `gate.enter+leave`, and the same as `gate.with`. Peers: a count under a lock; a lock, which lets one in at a time.
@@ -46,19 +48,22 @@ from k42 import _native
 from k42.experiments._record import Case, Samples
 from k42.experiments._runner import Gate, Options, Report, interleave, on_processors
 from k42.experiments.counter import LockedCounter
-from k42.objects import Object, destroy
+from k42.objects import DistributedRoot, Object, destroy, local
 from k42.structures import (
     AtomicCounter,
     DistributedCounter,
     DistributedGate,
     DistributedPool,
+    IntervalMap,
     Map,
     PackedCounter,
     PartitionedMap,
     Pool,
+    ReplicatedIntervalMap,
     ReplicatedMap,
     SharedCounter,
     SharedGate,
+    SharedIntervalMap,
     SharedMap,
     SharedPool,
 )
@@ -70,6 +75,7 @@ WARM_UP = 1_000  # calls before the measured ones: representatives are made, and
 ROUNDS = 11
 QUICK_ROUNDS = 5
 CORE = " (core)"
+GIL = getattr(sys, "_is_gil_enabled", lambda: True)()  # threads take turns
 
 # A loop repeats an operation on an object, from a moment on (ns, as time.monotonic_ns), and returns the seconds.
 _Loop = Callable[[Any, int, int], float]
@@ -252,6 +258,32 @@ def _core(name: str) -> Row:
     return Row(name + CORE, functools.partial(_native.CoreLoop, name), _native_loop, NATIVE)
 
 
+class _Local(Object):
+    """A representative for each processor, with a method that does nothing."""
+
+    class Root(DistributedRoot):
+        """Nothing is shared."""
+
+    def nothing(self) -> None:
+        """Just the call."""
+
+
+class _Shared:
+    """An ordinary object of Python's, for all."""
+
+    def nothing(self) -> None:
+        """Just the call."""
+
+
+def _calls() -> list[Row]:
+    loop = _python("it.nothing()")
+    return [
+        Row("call/reference", _Local.create, loop),
+        Row("call/representative", _Local.create, lambda it, calls, start: loop(local(it), calls, start)),
+        Row("call/shared object", _Shared, _python("it.nothing()")),
+    ]
+
+
 def _counters() -> list[Row]:
     rows = []
     for each in (SharedCounter, AtomicCounter, PackedCounter, DistributedCounter):
@@ -303,8 +335,19 @@ def _maps() -> list[Row]:
     return rows
 
 
+def _interval_map(structure: type[IntervalMap[Any]]) -> IntervalMap[Any]:
+    made = structure.create()
+    for i in range(64):
+        made.insert(16 * i, 16 * i + 8, _Value())
+    return made
+
+
 def _intervals() -> list[Row]:
     rows = [
+        _row(f"intervals.get/{each.__name__}", functools.partial(_interval_map, each), "it[675]")
+        for each in (SharedIntervalMap, ReplicatedIntervalMap)
+    ]
+    rows += [
         _row("intervals.get/bisect", SortedRanges, "it.get(675)"),
         _row("intervals.get/locked bisect", LockedRanges, "it.get(675)"),
     ]
@@ -346,7 +389,7 @@ def _peer(module: str) -> Any:
 def rows() -> list[Row]:
     """All that is measured, in the order of each round."""
     by_operation: dict[str, list[Row]] = {}
-    for row in (*_yardsticks(), *_counters(), *_gates(), *_maps(), *_intervals(), *_pools()):
+    for row in (*_yardsticks(), *_calls(), *_counters(), *_gates(), *_maps(), *_intervals(), *_pools()):
         by_operation.setdefault(row.name.rpartition("/")[0], []).append(row)
     return [row for each in by_operation.values() for row in each]
 
@@ -393,6 +436,7 @@ _RATIOS = (
     ("counter.add/DistributedCounter", "no-op/once", 1.5),
     ("gate.enter+leave/DistributedGate", "no-op/twice", 1.5),
     ("map.get/ReplicatedMap", "map.get/dict", 2.0),
+    ("call/reference", "call/representative", 1.9 if GIL else 1.3),
 )
 _CORE_NS = (
     ("counter.add/DistributedCounter" + CORE, 2.0),
@@ -405,6 +449,7 @@ _THROUGHPUT = (
     ("counter.add/DistributedCounter", 0.95),
     ("gate.enter+leave/DistributedGate", 0.95),
     ("map.get/ReplicatedMap", 0.9),
+    ("call/reference", 0.95),
 )
 _K42 = ("Shared", "Atomic", "Packed", "Partitioned", "Distributed", "Replicated")  # what its names begin with
 
@@ -420,8 +465,7 @@ def findings(samples: Sequence[Samples], processors: Sequence[int]) -> list[str]
     for name, wanted in _CORE_NS:
         value = statistics.median(by_case[name, few].values)
         lines.append(f"{name} ({few} proc.) = {value:.1f} ns, wanted: at most {wanted:g}")
-    parallel = not getattr(sys, "_is_gil_enabled", lambda: True)()
-    for name, part in [*(_THROUGHPUT if parallel else ()), *((name + CORE, part) for name, part in _THROUGHPUT)]:
+    for name, part in [*(() if GIL else _THROUGHPUT), *((name + CORE, part) for name, part in _THROUGHPUT[:3])]:
         if many > few:
             more = many / few
             throughput = more / by_case[name, many].ratio(by_case[name, few])

@@ -178,4 +178,5 @@ class ReplicatedIntervalMap(IntervalMap[_V]):
             self.map = _native.ReplicatedIntervalMap()
 
 
+IntervalMap._default = ReplicatedIntervalMap
 IMPLEMENTATIONS: tuple[type[IntervalMap[Any]], ...] = (SharedIntervalMap, ReplicatedIntervalMap)
