@@ -42,8 +42,9 @@ lint: $(VENV)/.lint ## ruff (rules and format) and clang-format, changing nothin
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
-types: $(VENV)/.lint $(VENV)/.built ## mypy, strict
+types: $(VENV)/.lint $(VENV)/.built ## mypy, strict; and what pyright sees in references
 	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.docs $(VENV)/.built ## the reference pages, from the docstrings, in out/docs
 	$(BIN)/pdoc --docformat google --output-directory out/docs k42 k42.objects.processors k42.structures k42.vm k42.testing k42.experiments k42.sim.models

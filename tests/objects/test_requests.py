@@ -222,7 +222,7 @@ def test_a_thread_that_ends_within_a_request(source):
     # The end of the operating system's thread comes a little later than join(); then the next owner of its processor
     # sees that a destruction has waited for it.
     other = Source.create()
-    wait_until(lambda: race(other.touch, other.touch) and root.ended)
+    wait_until(lambda: race(other.touch, other.touch) and other.touch() and root.ended)
     k42.destroy(other)
     assert len(root.ended) == 1
 
