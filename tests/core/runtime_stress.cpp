@@ -1,5 +1,8 @@
 // The Clustered Object runtime alone, under contention: meant for ThreadSanitizer and AddressSanitizer.
 // Exits with 1 at the first broken promise. Bounded by counts to a few seconds.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <barrier>
 #include <cstdio>
@@ -392,6 +395,171 @@ void switch_cycles() {
     CHECK(destroy(a) && destroy(b));
 }
 
+// What is asked of a processor's owner is done once, in order, outside of requests: by the owner, or by the next one.
+void mail() {
+    struct Letter {
+        std::uint32_t to;
+        int from, number;
+        std::atomic<int>* opened;
+        std::map<int, int>* last;  // the number of the last letter from each sender; the owner's
+    };
+    constexpr int n = 3, letters = 2000;
+    std::atomic<int> opened{0}, sent{0}, ready{0};
+    std::vector<Processor*> owners(n);
+    std::vector<std::map<int, int>> last(n);
+    in_threads(2 * n, [&](int who) {
+        Reference mine;
+        create(mine, new Object());
+        if (who < n) {
+            owners[who] = &current();
+            ready.fetch_add(1);
+            while (sent < n * letters) CHECK(call(mine, [](Rep& rep) { ++rep.count; }));
+        } else {
+            while (ready < n) std::this_thread::yield();
+            for (int i = 0; i < letters; ++i) {
+                const int to = i % n;
+                post(
+                    *owners[to],
+                    [](void* what) {
+                        const std::unique_ptr<Letter> letter(static_cast<Letter*>(what));
+                        CHECK(current().id == letter->to && current().depth == 0);
+                        int& before = (*letter->last)[letter->from];
+                        CHECK(letter->number > before);
+                        before = letter->number;
+                        letter->opened->fetch_add(1);
+                    },
+                    new Letter{owners[to]->id, who, i + 1, &opened, &last[to]});
+                sent.fetch_add(1);
+            }
+        }
+        // What came last is there for whoever has the processor next.
+        CHECK(destroy(mine));
+    });
+    in_threads(static_cast<int>(processor_count()), [](int) { open_mail(current()); });
+    CHECK(opened == n * letters);
+}
+
+std::atomic<int> suspended{0};
+
+// A destruction and a switch wait for requests that are suspended: for what `held` says.
+void held() {
+    auto is_held = [](void*) { return suspended.load() != 0; };
+    constexpr int rounds = 300;
+    for (int i = 0; i < rounds; ++i) {
+        Reference reference;
+        create(reference, new Object());
+        CHECK(call(reference, [](Rep& rep) { ++rep.count; }));
+        suspended = 1;
+        const int before = releases;
+        std::thread resumer([&] {
+            current();
+            suspended = 0;
+            collect();
+        });
+        Switch s;
+        const auto outcome = s.begin(reference, std::chrono::minutes(1), is_held, go_on);
+        CHECK(outcome == Switch::Outcome::quiet && suspended == 0);
+        s.end();
+        resumer.join();
+        suspended = 1;
+        bool deferred;
+        CHECK(k42::runtime::destroy(reference, {release, is_held}, &deferred));
+        CHECK(deferred && releases == before);
+        std::thread([&] {
+            current();
+            suspended = 0;
+            collect();
+        }).join();
+        CHECK(releases == before + 1);
+    }
+}
+
+// Who works on a switch cannot wait for it, nor for one that waits for it; nor begin it again.
+void switch_circles() {
+    Reference a, b;
+    create(a, new Object());
+    create(b, new Object());
+    auto waits = [](const Reference& reference) {
+        Processor& p = current();
+        enter(p);
+        const Miss miss = begin_miss(p, reference.coid());
+        Wait wait = Wait::over;
+        if (miss.outcome == Miss::Outcome::switching) wait = await_switch(p, reference.coid(), go_on);
+        if (leave(p)) collect();
+        return wait;
+    };
+    for (int i = 0; i < 100; ++i) {
+        std::barrier both(2);
+        std::atomic<int> circles{0};
+        in_threads(2, [&](int who) {
+            const Reference &mine = who ? a : b, &other = who ? b : a;
+            Switch s;
+            CHECK(s.begin(mine, std::chrono::minutes(1), never_held, go_on) == Switch::Outcome::quiet);
+            CHECK(waits(mine) == Wait::circle);
+            Switch again;
+            CHECK(again.begin(mine, std::chrono::minutes(1), never_held, go_on) == Switch::Outcome::in_request);
+            std::thread helper([&] {
+                s.add_worker();
+                CHECK(waits(mine) == Wait::circle);
+                s.remove_worker();
+            });
+            helper.join();
+            both.arrive_and_wait();
+            if (waits(other) == Wait::circle) circles.fetch_add(1);
+            s.end();
+        });
+        CHECK(circles == 1);
+    }
+    // A wait ends when its `pause` says so.
+    Switch s;
+    CHECK(s.begin(a, std::chrono::minutes(1), never_held, go_on) == Switch::Outcome::quiet);
+    std::thread([&] {
+        Processor& p = current();
+        enter(p);
+        CHECK(begin_miss(p, a.coid()).outcome == Miss::Outcome::switching);
+        CHECK(await_switch(p, a.coid(), [] { return false; }) == Wait::interrupted);
+        if (leave(p)) collect();
+    }).join();
+    s.end();
+    CHECK(destroy(a) && destroy(b));
+}
+
+#ifndef __SANITIZE_THREAD__  // which does not follow the child of a program with threads
+// In the child of a fork there is no switch, and nobody waits for one.
+void fork_in_a_switch() {
+    Reference reference;
+    create(reference, new Object());
+    Switch s;
+    CHECK(s.begin(reference, std::chrono::minutes(1), never_held, go_on) == Switch::Outcome::quiet);
+    std::vector<std::thread> waiting;
+    for (int t = 0; t < 3; ++t) waiting.emplace_back([&] { CHECK(call(reference, [](Rep& rep) { ++rep.count; })); });
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    pid_t child = 0;
+    std::thread([&] {
+        child = fork();
+        if (child != 0) return;
+        alarm(60);
+        CHECK(call(reference, [](Rep& rep) { ++rep.count; }));
+        for (int i = 0; i < 20; ++i) {
+            Switch mine;
+            CHECK(mine.begin(reference, std::chrono::minutes(1), never_held, go_on) == Switch::Outcome::quiet);
+            std::thread later([&] { CHECK(call(reference, [](Rep& rep) { ++rep.count; })); });
+            std::this_thread::yield();
+            mine.end();
+            later.join();
+        }
+        CHECK(destroy(reference));
+        _exit(0);
+    }).join();
+    int status = 0;
+    CHECK(child > 0 && waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    s.end();
+    for (auto& thread : waiting) thread.join();
+    CHECK(destroy(reference));
+}
+#endif
+
 // Pages of the tables come and go with the objects, while others call objects of their own.
 void table_pages() {
     std::atomic<bool> done{false};
@@ -479,6 +647,12 @@ int main() {
     switches();
     switch_behind_a_lock();
     switch_cycles();
+    switch_circles();
+    mail();
+    held();
+#ifndef __SANITIZE_THREAD__
+    fork_in_a_switch();
+#endif
     table_pages();
     many_processors();
     CHECK(reps_alive == 0 && objects_alive == 0);
