@@ -250,7 +250,6 @@ def test_the_class_is_not_kept_by_its_objects():
     assert alive() is None
 
 
-@pytest.mark.skipif(not GIL, reason="handles are immortal without a GIL")
 def test_memory_is_flat():
     class Plain(k42.Object):
         def ok(self):

@@ -6,15 +6,12 @@ import copy
 import gc
 import inspect
 import pickle
-import sys
 import weakref
 from abc import ABC, abstractmethod
 
 import pytest
 
 import k42
-
-GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 class Bag(k42.Object):
@@ -277,7 +274,6 @@ def test_weak_references(bag):
     assert weakref.ref(bag)() is bag
 
 
-@pytest.mark.skipif(not GIL, reason="handles are not collected without a GIL")
 def test_an_object_that_nobody_refers_to_is_collected():
     class Leaf(k42.Object):
         def __init__(self):
