@@ -62,8 +62,9 @@ PyMethodDef functions[] = {
     {"current_cpu", current_cpu, METH_NOARGS,
      PyDoc_STR("current_cpu($module, /)\n--\n\nReturn the number of the CPU on which the calling thread runs now.")},
     {"open_mail_of_all", open_mail_of_all, METH_NOARGS,
-     PyDoc_STR("open_mail_of_all() runs what waits for requests that have ended, and for owners of processors; at the end "
-               "of the program")},
+     PyDoc_STR(
+         "open_mail_of_all() runs what waits for requests that have ended, and for owners of processors; at the end "
+         "of the program")},
     {"current_processor", current, METH_NOARGS,
      PyDoc_STR("current_processor($module, /)\n--\n\n"
                "Return the id of the calling thread's processor, which it takes at its first use.\n\n"
