@@ -47,10 +47,8 @@ PyObject* set_misused(const char* message) {
 
 // Patience::give_up: a signal's handler has raised.
 bool interrupted() {
-    const PyGILState_STATE state = PyGILState_Ensure();  // attaches this thread as it was
-    const bool raised = PyErr_CheckSignals() < 0;
-    PyGILState_Release(state);
-    return raised;
+    Attached attached;
+    return PyErr_CheckSignals() < 0;
 }
 
 // The one argument of stop, shutdown and stopped: timeout=None, in seconds. False: an exception is set.

@@ -156,9 +156,20 @@ class Root:
         return self.rep_class.__qualname__
 
 
+# What threads make for a root that has no Reps yet, by its id, until the root has one.
+_first: dict[int, Reps] = {}
+
+
 def _first_reps(root: Root) -> Reps:
-    # Of threads that race the first one's lasts: setdefault is atomic.
-    made: Reps = root.__dict__.setdefault("_made", Reps())
+    # Of threads that race the first one's lasts: setdefault is atomic. It is not root.__dict__ that decides: where the
+    # collector runs while 3.11 makes that dictionary, another thread makes a second one of the same values, and both
+    # free them.
+    made = _first.setdefault(id(root), Reps())
+    try:
+        made = root._made  # who was first has left _first already
+    except AttributeError:
+        root._made = made
+    _first.pop(id(root), None)
     return made
 
 

@@ -23,7 +23,8 @@ def swap(ref: Any, target: type[Object], *args: Any, timeout: float = 10.0, keep
     """Give a live object another implementation.
 
     Calls that run finish on the old one, calls that come wait for the swap and then run on the new one; references
-    stay what they are. No call is lost or repeated.
+    stay what they are. No call is lost or repeated. The transfer of the state must not wait for other threads: calls
+    that come wait for it.
 
     Args:
         ref: the reference.
