@@ -1,6 +1,7 @@
 // Python's keys and values for the Map of the core: how they are compared, counted and copied (structures/map.hpp).
 #pragma once
 
+#include <chrono>
 #include <cstring>
 #include <mutex>
 #include <new>
@@ -15,22 +16,27 @@
 
 namespace k42::edge {
 
-// A native lock for a scope that runs no Python. Whoever holds it is attached to the interpreter: so the garbage
-// collector, which stops all who are, never finds a table half changed.
+// A native lock for a scope that runs no Python. Whoever takes or holds it is attached to the interpreter: so neither
+// the garbage collector nor a fork, which stop all who are, ever finds a table half changed or its lock held.
 class Held {
   public:
     explicit Held(std::mutex& lock) : lock_(lock) {
         if (lock_.try_lock()) [[likely]]
             return;
-#ifdef Py_GIL_DISABLED
-        // Locks are held for 100 ns, to sleep and detach costs microseconds. With a GIL whoever holds it waits for us.
+        // Locks are held for 100 ns, to sleep and detach costs microseconds. With a GIL nobody else ever holds one.
         for (int turns = 1; turns <= 64; turns *= 2) {
             for (int i = 0; i < turns; ++i) relax();
             if (lock_.try_lock()) return;
         }
-#endif
-        Detached detached;
-        lock_.lock();
+        // Not lock(): who gets it while detached keeps it while all are stopped, and in the child of a fork for ever.
+        for (int turn = 0; !lock_.try_lock(); ++turn) {
+            Detached detached;
+            if (turn < 16) {
+                std::this_thread::yield();
+            } else {
+                std::this_thread::sleep_for(std::chrono::microseconds(50));
+            }
+        }
     }
     ~Held() { lock_.unlock(); }
     Held(const Held&) = delete;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 
 import pytest
@@ -506,3 +508,75 @@ def test_swapped_while_it_is_used():
     assert set(view) == {"n", *((i, n) for i in range(1, threads + 1) for n in range(1, totals[i] + 1))}
     assert isinstance(m, SharedMap)
     k42.destroy(m)
+
+
+def in_child(work):
+    """Whether work() returns true in the child of a fork, within some seconds."""
+    child = os.fork()
+    if child == 0:
+        ok = False
+        try:
+            signal.alarm(20)
+            ok = work()
+        finally:
+            os._exit(0 if ok else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_finds_no_lock_held(shared):
+    stop = threading.Event()
+    shared["k"] = 0  # the child is to take no lock of Python's, which a fork may leave held: nor of an outer variable
+
+    def change(shared):
+        value = object()
+        while not stop.is_set():
+            for _ in range(100):
+                shared["k"] = value
+
+    threads = [threading.Thread(target=change, args=(shared,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+
+    def use(shared=shared):
+        shared["k"] = 1
+        return shared.pop("k") == 1 and len(shared) == 0
+
+    try:
+        assert all(in_child(use) for _ in range(25))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_makes_what_a_thread_of_its_parent_was_making(shared):
+    making, go_on = threading.Event(), threading.Event()
+
+    def slow():
+        making.set()
+        go_on.wait()
+        return "parent"
+
+    thread = threading.Thread(target=shared.find_or_allocate, args=("k", slow))
+    thread.start()
+    making.wait()
+
+    def make():
+        mine = shared.find_or_allocate("k", lambda: "child")
+        return mine == ("child", True) and shared.find_or_allocate("k", slow) == ("child", False)
+
+    def fork_while_making():
+        assert in_child(lambda: shared.find_or_allocate("j", int) == (0, True) and make())
+        return "both"  # the child's maker lives on, too
+
+    try:
+        assert in_child(make)
+        assert shared.find_or_allocate("i", fork_while_making) == ("both", True)
+    finally:
+        go_on.set()
+        thread.join()
+    assert shared["k"] == "parent"

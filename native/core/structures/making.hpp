@@ -5,6 +5,8 @@
 // the threads that close a circle, the last to say so sees all of it.
 #pragma once
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -18,9 +20,37 @@
 
 namespace k42 {
 
+// Whether threads are still there: a fork leaves the child its own one alone.
+class Forks {
+  public:
+    static uint32_t count() { return of_process().count_; }
+
+    // Whether the thread of `p` has been there since there were `then` forks, and lived through them.
+    static bool survived(const runtime::Processor& p, uint32_t then) {
+        const Forks& forks = of_process();
+        return forks.count_ == then || forks.survivor_ == &p;
+    }
+
+  private:
+    Forks() {
+        pthread_atfork(nullptr, nullptr, [] {
+            ++of_process().count_;
+            of_process().survivor_ = runtime::current_or_null();
+        });
+    }
+    static Forks& of_process() {
+        static Forks* forks = new Forks();
+        return *forks;
+    }
+
+    // Changed while there is one thread.
+    uint32_t count_ = 0;
+    const runtime::Processor* survivor_ = nullptr;
+};
+
 class Making {
   public:
-    explicit Making(const runtime::Processor& maker) : maker_(&maker) {}
+    explicit Making(const runtime::Processor& maker) : maker_(&maker), forks_(Forks::count()) {}
 
     // By the maker: made, or given up; those that wait look again.
     void end() {
@@ -29,10 +59,14 @@ class Making {
     }
     bool ended() const { return ended_.load(std::memory_order_acquire) != 0; }
 
+    // A fork has left its maker behind: it never ends, somebody else is to make the value.
+    bool lost() const { return !Forks::survived(*maker_, forks_); }
+
   private:
     friend class MakingWait;
 
     const runtime::Processor* const maker_;  // stands for its thread, which is inside a request all the while
+    const uint32_t forks_;
     std::atomic<uint32_t> ended_{0};
 };
 
@@ -81,8 +115,17 @@ class MakingWait {
         }
     };
     static Waits& all() {
-        static Waits* waits = new Waits();  // never destroyed, like the processors
+        static Waits* waits = [] {
+            pthread_atfork([] { all().lock.lock(); }, [] { all().lock.unlock(); }, after_fork_in_child);
+            return new Waits();  // never destroyed, like the processors
+        }();
         return *waits;
+    }
+    // The waits of others were on their stacks.
+    static void after_fork_in_child() {
+        Waits& waits = all();
+        std::erase_if(waits.items, [](MakingWait* w) { return w->waiter_ != runtime::current_or_null(); });
+        waits.lock.unlock();
     }
 
     const runtime::Processor* const waiter_;

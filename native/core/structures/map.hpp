@@ -395,7 +395,11 @@ class Map {
                 policy_.hold_value(entry->value);
                 result = {Status::found, entry->value};
             } else if (maker != partition.makers.end()) {
-                others = maker->making;
+                if (maker->making->lost()) {
+                    maker->making = mine;
+                } else {
+                    others = maker->making;
+                }
             } else {
                 partition.makers.push_back({probe.hash(), probe.key(), mine});
                 policy_.hold(probe.key());
@@ -460,7 +464,7 @@ class Map {
 
     bool wait(const std::shared_ptr<Making>& making) {
         MakingWait waiting(runtime::current(), making);
-        while (!making->ended()) {
+        while (!making->ended() && !making->lost()) {
             if (!policy_.wait(waiting)) return false;
         }
         return true;
