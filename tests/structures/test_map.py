@@ -593,3 +593,11 @@ def test_an_implementation_in_python():
     with pytest.raises(NotImplementedError, match=r"gather\(\)"):
         plain.gather("a")
     k42.destroy(plain)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_map_has_no_order_to_reverse(implementation):
+    it = implementation.create()
+    with pytest.raises(TypeError):
+        reversed(it)
+    k42.destroy(it)

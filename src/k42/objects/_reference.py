@@ -65,6 +65,9 @@ def interface_of(references: type) -> frozenset[str]:
     return frozenset(name for name in names if not name.startswith("_") or name.startswith("__"))
 
 
+_REFUSED = object()
+
+
 def _generate(cls: type, base: type) -> type:
     attributes: dict[str, Any] = {}
     for ancestor in reversed(cls.__mro__):
@@ -72,11 +75,13 @@ def _generate(cls: type, base: type) -> type:
             continue
         for name, value in ancestor.__dict__.items():
             # What Python knows about a class, such as __final__, is no part of its interface, unless it does something.
-            plain = name.startswith("__") and not hasattr(type(value), "__get__")
+            plain = name.startswith("__") and not hasattr(type(value), "__get__") and value is not None
             if name not in _NOT_FORWARDED and not plain:
                 attributes[name] = value
     namespace = {
-        name: made for name, value in attributes.items() if (made := _descriptor(cls, name, value)) is not None
+        name: None if made is _REFUSED else made
+        for name, value in attributes.items()
+        if (made := _descriptor(cls, name, value)) is not None
     }
     namespace |= {
         "__slots__": (),
@@ -99,6 +104,8 @@ def _generate(cls: type, base: type) -> type:
 
 
 def _descriptor(cls: type, name: str, value: Any) -> Any:
+    if value is None and name.startswith("__"):
+        return _REFUSED  # a special method that the class says it has not
     if isinstance(value, (MemberDescriptorType, GetSetDescriptorType)):
         return None  # state of a representative, like the attributes that its __init__ sets
     if isinstance(value, (staticmethod, classmethod)):

@@ -9,11 +9,12 @@ object as it was.
 from __future__ import annotations
 
 import math
+import random
 import time
 from typing import Any
 
 from k42 import _native
-from k42.errors import SwapRefused
+from k42.errors import Error, SwapRefused
 from k42.objects._reference import interface_of, reference_type
 from k42.objects.object import Object
 from k42.objects.root import Root
@@ -65,31 +66,42 @@ def swap(ref: Any, target: type[Object], *args: Any, timeout: float = 10.0, keep
     new.rep_class = target
     new.ref = ref
     new.__init__(*args, **kwargs)
-    switch = _begin(ref, old, timeout)
-    try:
-        if switch.root() is not old:
-            old = switch.root()
-            form = _negotiate(old, target)
+    deadline = time.monotonic() + timeout
+    while True:
+        switch = _begin(ref, old, max(0.0, deadline - time.monotonic()))
         try:
-            state = old._export(form, switch)
+            if switch.root() is not old:
+                old = switch.root()
+                form = _negotiate(old, target)
             try:
-                new._import(form, state, switch)
-            except BaseException:
-                _native.end_root(new)
-                raise
-        except Exception as error:
-            raise SwapRefused(
-                f"{old.rep_class.__qualname__} stays as it is: the transfer of its state to {target.__qualname__} in "
-                f"the form {form!r} failed: {error}"
-            ) from error
-        if keep:
-            kept = _native.create_reference(reference_type(old.rep_class, Object), old)
-            switch.keep(new, kept)
-            return kept
-        switch.replace(new)
-        return None
-    finally:
-        switch.end()
+                state = old._export(form, switch)
+                try:
+                    new._import(form, state, switch)
+                except BaseException:
+                    _native.end_root(new)
+                    raise
+            except NotNow as error:
+                if time.monotonic() >= deadline:
+                    raise SwapRefused(f"{old.rep_class.__qualname__} stays as it is: {error}") from error
+            except Exception as error:
+                raise SwapRefused(
+                    f"{old.rep_class.__qualname__} stays as it is: the transfer of its state to {target.__qualname__} "
+                    f"in the form {form!r} failed: {error}"
+                ) from error
+            else:
+                if keep:
+                    kept = _native.create_reference(reference_type(old.rep_class, Object), old)
+                    switch.keep(new, kept)
+                    return kept
+                switch.replace(new)
+                return None
+        finally:
+            switch.end()
+        time.sleep(random.uniform(0, 0.002))  # not in step with those who come and go
+
+
+class NotNow(Error):
+    """What `export_state` raises where the state cannot be given at this moment: the swap tries again, in its time."""
 
 
 def _negotiate(old: Root, target: type[Object]) -> str:

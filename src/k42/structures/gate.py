@@ -30,8 +30,9 @@ from contextlib import AbstractContextManager, suppress
 from typing import ClassVar, Self, cast, final
 
 from k42 import _native
-from k42.errors import Error, GateClosed
+from k42.errors import GateClosed
 from k42.objects import DistributedRoot, Object
+from k42.objects.swap import NotNow
 from k42.structures._native_rep import represented_by
 
 
@@ -212,11 +213,11 @@ class _Root(DistributedRoot):
         """Return the state: "normal", "stopped" or "shutdown".
 
         Raises:
-            Error: requests are inside, which only this implementation can let out.
+            NotNow: requests are inside, which only this implementation can let out.
         """
         assert form == "gate"
         if inside := self.gate.inside():
-            raise Error(f"{inside} requests are inside the gate: stop() it before it is swapped")
+            raise NotNow(f"requests are inside the gate ({inside}): stop() it before it is swapped")
         return self.gate.state()
 
     def import_state(self, form: str, state: str) -> None:

@@ -84,6 +84,8 @@ class Map(Object, _Mapping[K, V]):
 
     transfers: ClassVar[tuple[str, ...]] = ("items",)
 
+    __reversed__ = None  # a map has no order
+
     @classmethod
     def create(cls, *, copy_immutable: bool = True) -> Self:
         """Create a map and return the reference to it; `Map` itself creates a `ReplicatedMap`.
