@@ -155,7 +155,8 @@ template <typename R>
 struct Methods {
     static R& of(PyObject* self) { return NativeRep<R>::of(self); }
 
-    // 1: found, and the value counted for the caller. 0: no. -1: an exception is set.
+    // 1: found, and the value counted for the caller, if it wants it. 0: no. -1: an exception is set.
+    template <bool wants_value = true>
     static int look_up(PyObject* self, PyObject* o, Interval& found) {
         uint64_t key;
         if (const int is_key = to_key(o, key); is_key <= 0) return is_key;
@@ -174,7 +175,7 @@ struct Methods {
             PyErr_NoMemory();
             return -1;
         }
-        Py_INCREF(found.value);
+        if constexpr (wants_value) Py_INCREF(found.value);
         return 1;
     }
 
@@ -200,8 +201,7 @@ struct Methods {
 
     static PyObject* contains(PyObject* self, PyObject* const* args, Py_ssize_t, PyObject*) {
         Interval found;
-        const int is_there = look_up(self, args[0], found);
-        if (is_there > 0) Py_DECREF(found.value);
+        const int is_there = look_up<false>(self, args[0], found);
         return is_there < 0 ? nullptr : PyBool_FromLong(is_there);
     }
 

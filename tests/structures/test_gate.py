@@ -359,13 +359,25 @@ def interrupt():
     def during(call):
         before = signal.signal(signal.SIGUSR1, handler)
         main = threading.main_thread().ident
-        timer = threading.Timer(0.05, lambda: signal.pthread_kill(main, signal.SIGUSR1))
-        timer.start()
+        called = threading.Event()
+
+        def kill():
+            called.wait()
+            time.sleep(0.05)  # however late the call is then, it ends
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+        def attempt():
+            called.set()
+            call()
+            pytest.fail("it did not wait")
+
+        thread = threading.Thread(target=kill)
+        thread.start()
         try:
             with pytest.raises(Interrupted):
-                call()
+                attempt()
         finally:
-            timer.join()
+            thread.join()
             signal.signal(signal.SIGUSR1, before)
 
     return during
@@ -394,6 +406,8 @@ def test_a_signal_ends_a_stop_and_opens_the_gate_again(gate, interrupt):
 def test_a_signal_ends_the_wait_of_a_shutdown(gate, interrupt):
     with ThreadPoolExecutor(1) as thread:
         thread.submit(gate.enter).result()
+        with pytest.raises(TimeoutError):
+            gate.shutdown(0)  # shut already, should the signal come before the next call
         interrupt(gate.shutdown)
         assert state(gate) == "shutdown"
         thread.submit(gate.leave).result()
@@ -615,7 +629,7 @@ class Specification:
     def __init__(self):
         self.model = models.Gate()
         self.stopper = None
-        self.over = ()
+        self.over = frozenset()  # stops that gave up
 
     def _call(self, name, *args):
         try:
@@ -653,7 +667,8 @@ class Specification:
     def give_up_stop(self, thread, stop):
         if self.stopper == stop:
             self._call("give_up_stop")
-        self.over = (*self.over, stop)
+            self.stopper = None
+        self.over |= {stop}
         raise TimeoutError
 
     def shut(self, thread):
