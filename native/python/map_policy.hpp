@@ -161,9 +161,8 @@ struct MapPolicy {
         const auto release = [](void* v) {
             if (!Py_IsInitialized()) return;
             // Whoever retires next on this processor may be another structure, without the interpreter.
-            PyGILState_STATE gil = PyGILState_Ensure();
+            Attached attached;
             Py_DECREF(object(v));
-            PyGILState_Release(gil);
         };
         try {
             runtime::retire(value, release);

@@ -33,9 +33,8 @@ using Replicated = ReplicatedIntervalMap<PyObject*>;
 // runtime::retire: no look-up can find the value any more.
 void release(void* value) {
     if (!Py_IsInitialized()) return;  // the interpreter is gone, and its objects with it
-    const PyGILState_STATE state = PyGILState_Ensure();
+    Attached attached;
     Py_DECREF(static_cast<PyObject*>(value));
-    PyGILState_Release(state);
 }
 
 // Releases the map's reference to a value that was removed: at once, unless other threads are within calls.
