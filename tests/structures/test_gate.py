@@ -569,15 +569,17 @@ def test_swapped_while_requests_come(implementation, target):
                 assert not gate.try_enter() or gate.leave() is None
 
     def swapper():
-        with pytest.raises(k42.SwapRefused, match="stays as it is"), gate:
-            k42.swap(gate, target, timeout=0.05)
-        for _ in range(3):
-            for cls in (target, implementation):
-                with gate.stopped():
-                    k42.swap(gate, cls)
-                    assert isinstance(gate, cls)
-                    assert gate.inside() == 0
-        done.set()
+        try:
+            with pytest.raises(k42.SwapRefused, match="stays as it is"), gate:
+                k42.swap(gate, target, timeout=0.05)
+            for _ in range(3):
+                for cls in (target, implementation):
+                    with gate.stopped():
+                        k42.swap(gate, cls)
+                        assert isinstance(gate, cls)
+                        assert gate.inside() == 0
+        finally:
+            done.set()
 
     race(swapper, requests, requests)
     gate.shutdown()
