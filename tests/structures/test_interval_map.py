@@ -268,11 +268,13 @@ def test_swapped_under_load(implementation, target):
             assert found is None or found.value == key // 10
 
     def swapper():
-        for _ in range(4):
-            for cls in (target, implementation):
-                k42.swap(intervals, cls)
-                assert isinstance(intervals, cls)
-        done.set()
+        try:
+            for _ in range(4):
+                for cls in (target, implementation):
+                    k42.swap(intervals, cls)
+                    assert isinstance(intervals, cls)
+        finally:
+            done.set()
 
     race(swapper, look, look)
     assert len(intervals) == 20
