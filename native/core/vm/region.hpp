@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "structures/gate.hpp"
+#include "vm/region_gate.hpp"
 
 namespace k42::vm {
 
@@ -21,7 +21,7 @@ struct Region {
     const uint32_t group;       // the region's page size, in pages of 4 KiB: what one fault brings in
     FileCache* const cache;
     Hat* const hat;
-    SharedGate gate;
+    RegionGate gate;
 
     uint64_t page_at(uint64_t canonical) const { return first_page + (canonical - start) / 4096; }
 
