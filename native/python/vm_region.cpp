@@ -163,7 +163,8 @@ PyType_Slot map_slots[] = {
     {Py_tp_dealloc, reinterpret_cast<void*>(SelfMap::dealloc)},
     {Py_tp_methods, map_methods},
     {Py_sq_length, reinterpret_cast<void*>(length)},
-    {Py_tp_doc, const_cast<char*>("RegionMap(replicated, /)\n\nDisjoint regions by address (paper 4.1). Keeps none alive.")},
+    {Py_tp_doc,
+     const_cast<char*>("RegionMap(replicated, /)\n\nDisjoint regions by address (paper 4.1). Keeps none alive.")},
     {0, nullptr},
 };
 

@@ -32,10 +32,11 @@ from k42.vm.fault import Fault
 from k42.vm.fcm import FileCacheManager, SharedFCM
 from k42.vm.fr import FileFR, FileRepresentative, ZeroFR
 from k42.vm.hat import Hat, UffdHat
-from k42.vm.pm import Backing, GlobalPageManager, PageManager, ProcessPM, SharedGlobalPM
-from k42.vm.process import Process, SharedProcess
+from k42.vm.pm import Backing, GlobalPageManager, PageManager, ProcessPM
+from k42.vm.process import Process
 from k42.vm.protocol import MAX_GROUP, PAGE, Message
-from k42.vm.region import Region, SharedRegion
+from k42.vm.region import Region
+from k42.vm.variants import Variants
 
 log = logging.getLogger("k42.kernel")
 
@@ -91,20 +92,22 @@ class Kernel:
         socket_path: where to listen.
         budget: bytes of memory for pages; resident pages never exceed it.
         linger: seconds without a client after which it ends; None: never.
+        variants: what to make its objects of.
 
     Raises:
         KernelUnavailable: another kernel listens there already.
         OutOfFrames: the budget is below one page.
     """
 
-    def __init__(self, socket_path: Path, budget: int, linger: float | None) -> None:
+    def __init__(self, socket_path: Path, budget: int, linger: float | None, variants: Variants | None = None) -> None:
         if budget < PAGE:
             raise OutOfFrames(f"the budget must be at least one page of {PAGE} bytes, not {budget}")
         self.budget = budget
         self.linger = linger
         self.cpus = sorted(os.sched_getaffinity(0))
         self._path = socket_path
-        self._global_pm: GlobalPageManager = SharedGlobalPM.create(budget // PAGE)
+        self._variants = variants or Variants()
+        self._global_pm: GlobalPageManager = self._variants.global_pm.create(budget // PAGE)
         self._engine = _native.Engine(self.cpus, True)
         self._clients: dict[int, _Client] = {}  # by id; written by the main thread, read by workers
         self._files: dict[tuple[int, int], _OpenFile] = {}
@@ -246,12 +249,13 @@ class Kernel:
             return
         client_id = next(self._ids)
         pm: PageManager = ProcessPM.create(self._global_pm)
-        process = SharedProcess.create(pm)
+        process: Process = self._variants.process.create(pm)
         try:
             hat = UffdHat.create(client_id, process.region_map(), len(self.cpus))
         except OSError as failure:
             log.warning("no room for process %d: %s", pid, failure)
             connection.close()
+            pm.close()
             for object_ in (process, pm):
                 k42.destroy(object_)
             return
@@ -369,7 +373,7 @@ class Kernel:
         else:
             fcm, reserved = self._make_anonymous(size, group, overcommit=bool(message["overcommit"]))
         try:
-            region = SharedRegion.create(fcm, client.hat, base, size // PAGE, first, group)
+            region = self._variants.region.create(fcm, client.hat, base, size // PAGE, first, group)
         except BaseException:
             self._let_go(fcm, file, reserved)
             raise
@@ -551,6 +555,7 @@ class Kernel:
         client.regions.clear()
         for mapped in regions:
             self._destroy(client, mapped)
+        client.pm.close()
         for object_ in (client.process, client.pm, client.hat):
             k42.destroy(object_)
         self._idle_since = time.monotonic()
@@ -584,7 +589,12 @@ def default_budget() -> int:
 
 
 def serve(
-    socket: str | None = None, budget: int | None = None, linger: float | None = None, *, all_cpus: bool = False
+    socket: str | None = None,
+    budget: int | None = None,
+    linger: float | None = None,
+    *,
+    all_cpus: bool = False,
+    objects: str = "distributed",
 ) -> None:
     """Runs a kernel in this process until SIGINT, SIGTERM, or the end of `linger`.
 
@@ -593,11 +603,14 @@ def serve(
         budget: bytes of memory for pages; None: a quarter of the machine's.
         linger: seconds without a client after which to end; None: never.
         all_cpus: serve every CPU of the machine, not only those that this process was started on.
+        objects: what to make its objects of; see `Variants.named`.
 
     Raises:
+        ValueError: there are no such objects.
         KernelUnavailable: another kernel listens there already.
         OutOfFrames: the budget is below one page.
     """
+    variants = Variants.named(objects)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two descriptors a file, one a client and CPU
@@ -608,7 +621,7 @@ def serve(
     # Between the making of the socket and the handlers a signal would leave it behind: it waits.
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
     try:
-        kernel = Kernel(path, default_budget() if budget is None else budget, linger)
+        kernel = Kernel(path, default_budget() if budget is None else budget, linger, variants)
 
         def on_signal(number: int, _: object) -> None:
             log.info("%s: ending", signal.Signals(number).name)

@@ -68,6 +68,7 @@ def launch(
     linger: float | None = None,
     *,
     all_cpus: bool = False,
+    objects: str | None = None,
 ) -> KernelProcess:
     """Starts ``k42 serve`` and returns when it answers.
 
@@ -76,6 +77,7 @@ def launch(
         budget: bytes of memory for pages; None: a quarter of the machine's.
         linger: seconds without a client after which it ends by itself; None: never.
         all_cpus: serve every CPU of the machine, not only those that this thread may use.
+        objects: what to make its objects of, as ``k42 serve --objects`` has it; None: its default.
 
     Raises:
         KernelUnavailable: it ended at once, or does not answer; the message says where its log is.
@@ -89,6 +91,8 @@ def launch(
         command += ["--linger", str(linger)]
     if all_cpus:
         command += ["--all-cpus"]
+    if objects is not None:
+        command += ["--objects", objects]
     with open(log, "ab", opener=_private) as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0, close_fds=True
