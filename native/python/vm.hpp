@@ -13,12 +13,28 @@
 
 namespace k42::edge {
 
+// Objects of the core that have lines of their own are beside their Python object, not in it.
 struct RegionMapValue {
-    vm::RegionMap map;
+    explicit RegionMapValue(bool replicated) : owned(std::make_unique<vm::RegionMap>(replicated)) {}
+    std::unique_ptr<vm::RegionMap> owned;
+    vm::RegionMap& map = *owned;
 };
 struct FramePoolValue {
-    explicit FramePoolValue(uint64_t budget) : pool(budget) {}
-    vm::FramePool pool;
+    FramePoolValue(uint64_t budget, bool distributed)
+        : owned(std::make_unique<vm::FramePool>(budget, distributed)) {}
+    std::unique_ptr<vm::FramePool> owned;
+    vm::FramePool& pool = *owned;
+};
+struct AccountValue {
+    AccountValue(Ref pool_, vm::Accounts& accounts_, vm::Account& account_)
+        : pool(std::move(pool_)), accounts(accounts_), account(&account_) {}
+    ~AccountValue() { close(); }
+    void close() {
+        if (account) accounts.close(std::exchange(account, nullptr));
+    }
+    Ref pool;
+    vm::Accounts& accounts;
+    vm::Account* account;  // nullptr: closed
 };
 struct HintQueueValue {
     vm::HintQueue queue;
@@ -47,10 +63,12 @@ struct RegionValue {
                 uint32_t around, bool tracked, vm::FileCache* native_cache, vm::Hat* native_hat)
         : cache(std::move(cache_)),
           hat(std::move(hat_)),
-          region(start, pages, first_page, group, around, tracked, native_cache, native_hat) {}
+          owned(std::make_unique<vm::Region>(start, pages, first_page, group, around, tracked, native_cache,
+                                             native_hat)) {}
     Ref cache;
     Ref hat;
-    vm::Region region;
+    std::unique_ptr<vm::Region> owned;
+    vm::Region& region = *owned;
 };
 
 // Set once, when the module is executed (which happens once a process: sub-interpreters are refused).

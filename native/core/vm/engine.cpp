@@ -190,11 +190,11 @@ bool Engine::handle(FaultAt fault) {
     }
     Region& region = *entry->value;
     switch (region.gate.try_enter()) {
-        case SharedGate::Entry::entered:
+        case RegionGate::Entry::entered:
             break;
-        case SharedGate::Entry::stopped:
+        case RegionGate::Entry::stopped:
             return false;
-        case SharedGate::Entry::rejected:
+        case RegionGate::Entry::rejected:
             fault.hat->fail(fault.cpu, fault.address, kPageSize, "its region was being unmapped");
             return true;
     }

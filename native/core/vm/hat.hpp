@@ -15,13 +15,11 @@
 #include <vector>
 
 #include "structures/interval_map.hpp"
+#include "vm/region_map.hpp"
 #include "vm/status_page.hpp"
 #include "vm/uffd.hpp"
 
 namespace k42::vm {
-
-struct Region;
-using RegionMap = SharedIntervalMap<Region*>;  // what a Process owns: canonical address to Region
 
 class Hat {
   public:

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "structures/gate.hpp"
+#include "vm/region_gate.hpp"
 
 namespace k42::vm {
 
@@ -31,7 +31,7 @@ struct Region {
     const bool tracked;         // its windows share the frames and are writable: writes to clean pages are faults
     FileCache* const cache;
     Hat* const hat;
-    SharedGate gate;
+    RegionGate gate;
 
     uint64_t page_at(uint64_t canonical) const { return first_page + (canonical - start) / 4096; }
 
