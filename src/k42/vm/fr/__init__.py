@@ -2,6 +2,7 @@
 
 from k42.vm.fr.file import FileFR
 from k42.vm.fr.interface import FileRepresentative, Traits
+from k42.vm.fr.swap import SwapFR
 from k42.vm.fr.zero import ZeroFR
 
-__all__ = ["FileFR", "FileRepresentative", "Traits", "ZeroFR"]
+__all__ = ["FileFR", "FileRepresentative", "SwapFR", "Traits", "ZeroFR"]
