@@ -35,10 +35,19 @@ struct AccountValue {
     vm::Accounts& accounts;
     vm::Account* account;  // nullptr: closed
 };
+struct HintQueueValue {
+    vm::HintQueue queue;
+};
 struct FileCacheValue {
-    FileCacheValue(Ref pool_, vm::FramePool* frames, int memfd, uint64_t pages, vm::Fill fill, vm::Backing backing)
-        : pool(std::move(pool_)), cache(frames, memfd, pages, fill, backing) {}
+    FileCacheValue(Ref pool_, vm::FramePool* frames, int memfd, int journal, uint64_t pages, vm::Fill fill,
+                   vm::Backing backing, vm::Policy policy, int cpus)
+        : pool(std::move(pool_)), cache(frames, memfd, journal, pages, fill, backing, policy, cpus) {}
+    // Before the cache gives hints to this queue; there is one for all.
+    void keep(Ref queue) {
+        if (!hints) hints = std::move(queue);
+    }
     Ref pool;
+    Ref hints;
     vm::FileCache cache;
 };
 // Waiters and queued faults may need the native HAT after the Python object has gone: it counts its users.
@@ -50,10 +59,11 @@ struct HatValue {
 };
 struct RegionValue {
     RegionValue(Ref cache_, Ref hat_, uint64_t start, uint64_t pages, uint64_t first_page, uint32_t group,
-                vm::FileCache* native_cache, vm::Hat* native_hat)
+                uint32_t around, bool tracked, vm::FileCache* native_cache, vm::Hat* native_hat)
         : cache(std::move(cache_)),
           hat(std::move(hat_)),
-          owned(std::make_unique<vm::Region>(start, pages, first_page, group, native_cache, native_hat)) {}
+          owned(std::make_unique<vm::Region>(start, pages, first_page, group, around, tracked, native_cache,
+                                             native_hat)) {}
     Ref cache;
     Ref hat;
     std::unique_ptr<vm::Region> owned;
@@ -65,6 +75,7 @@ struct VmTypes {
     PyTypeObject* region_map;
     PyTypeObject* frame_pool;
     PyTypeObject* file_cache;
+    PyTypeObject* hint_queue;
     PyTypeObject* hat;
     PyTypeObject* region;
 };

@@ -158,14 +158,16 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
         if (messages[i].event != UFFD_EVENT_PAGEFAULT) continue;
         const auto& fault = messages[i].arg.pagefault;
         if (stick_) server.affinity.fault(client.pid, pid_t(fault.feat.ptid), now);
-        const FaultAt at{client.hat, cpu, fault.address & ~(kPageSize - 1)};
+        const bool guarded = fault.flags & UFFD_PAGEFAULT_FLAG_WP;
+        const bool write = guarded || (fault.flags & UFFD_PAGEFAULT_FLAG_WRITE);
+        const FaultAt at{client.hat, cpu, fault.address & ~(kPageSize - 1), write, guarded};
         if (handle(at)) {
             ++finished;
             continue;
         }
         client.hat->retain();
         std::lock_guard guard(server.queue_lock);
-        server.queue.push_back({client.hat, cpu, at.address, client.hat->canonical(cpu, at.address).value_or(0)});
+        server.queue.push_back({client.hat, cpu, at.address, client.hat->canonical(cpu, at.address).value_or(0), write});
         server.queue_filled.notify_one();
     }
     // Written by this thread alone: no read-modify-write is needed.
@@ -179,7 +181,7 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
     (void)runtime::leave(processor);
 }
 
-bool Engine::handle(const FaultAt& fault) {
+bool Engine::handle(FaultAt fault) {
     const auto canonical = fault.hat->canonical(fault.cpu, fault.address);
     const auto entry = canonical ? fault.hat->regions().lookup(*canonical) : std::nullopt;
     if (!entry) {
@@ -198,7 +200,10 @@ bool Engine::handle(const FaultAt& fault) {
     }
     const uint64_t page = region.page_at(*canonical);
     const Region::Group group = region.group_of(page);
-    const Outcome outcome = region.cache->resolve(fault, page, group.first, group.count);
+    const Region::Group around = region.around_of(page);
+    fault.tracked = region.tracked;
+    const Outcome outcome =
+        region.cache->resolve(fault, page, {group.first, group.count}, {around.first, around.count});
     region.gate.leave();
     return outcome != Outcome::absent && outcome != Outcome::no_frame;
 }

@@ -4,6 +4,8 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "vm/region.hpp"
 
 namespace k42::vm {
@@ -20,9 +22,29 @@ bool UffdHat::attach(int cpu, int uffd) {
     return true;
 }
 
-RangeResult UffdHat::map(int cpu, uint64_t address, uint64_t length) {
-    return continue_range(fds_[cpu], address, length);
+RangeResult UffdHat::map(int cpu, uint64_t address, uint64_t length, bool writable) {
+    return continue_range(fds_[cpu], address, length, writable);
 }
+
+RangeResult UffdHat::allow_write(int cpu, uint64_t address, uint64_t length) {
+    const int error = protect_range(fds_[cpu], address, length, false);
+    return {error ? 0 : length, error};
+}
+
+bool UffdHat::protect(const Region& region, uint64_t first_page, uint64_t count) {
+    const uint64_t from = std::max(first_page, region.first_page);
+    const uint64_t to = std::min(first_page + count, region.first_page + region.pages);
+    if (from >= to) return true;
+    for (const Window& window : windows_of(region.start)) {
+        const uint64_t start = window.base + (from - region.first_page) * kPageSize;
+        const int error = protect_range(fds_[window.cpu], start, (to - from) * kPageSize, true);
+        // Gone, the window or the whole process: nobody writes there any more.
+        if (error && error != ENOENT && error != ESRCH) return false;
+    }
+    return true;
+}
+
+void UffdHat::soft_unmap(const Region&, uint64_t, uint64_t) {}
 
 RangeResult UffdHat::zero(int cpu, uint64_t address, uint64_t length, int, uint64_t) {
     return zero_range(fds_[cpu], address, length);
@@ -36,20 +58,40 @@ void UffdHat::fail(int cpu, uint64_t address, uint64_t length, const std::string
     wake(cpu, address, length);
 }
 
-void SoftHat::insert(int cpu, uint64_t address, uint64_t length) {
+void SoftHat::insert(int cpu, uint64_t address, uint64_t length, bool writable) {
     const auto start = canonical(cpu, address);
     std::lock_guard guard(lock_);
-    for (uint64_t done = 0; start && done < length; done += kPageSize) mapped_.insert(*start + done);
+    for (uint64_t done = 0; start && done < length; done += kPageSize) mapped_[*start + done] = writable;
 }
 
-RangeResult SoftHat::map(int cpu, uint64_t address, uint64_t length) {
-    insert(cpu, address, length);
+RangeResult SoftHat::map(int cpu, uint64_t address, uint64_t length, bool writable) {
+    insert(cpu, address, length, writable);
     return {length, 0};
+}
+
+RangeResult SoftHat::allow_write(int cpu, uint64_t address, uint64_t length) {
+    insert(cpu, address, length, true);
+    return {length, 0};
+}
+
+bool SoftHat::protect(const Region& region, uint64_t first_page, uint64_t count) {
+    std::lock_guard guard(lock_);
+    for (uint64_t page = std::max(first_page, region.first_page); page < first_page + count; ++page) {
+        const auto found = mapped_.find(region.start + (page - region.first_page) * kPageSize);
+        if (found != mapped_.end() && page - region.first_page < region.pages) found->second = false;
+    }
+    return true;
+}
+
+void SoftHat::soft_unmap(const Region& region, uint64_t first_page, uint64_t count) {
+    for (uint64_t page = std::max(first_page, region.first_page); page < first_page + count; ++page) {
+        if (page - region.first_page < region.pages) unmapped(region, page);
+    }
 }
 
 RangeResult SoftHat::zero(int cpu, uint64_t address, uint64_t length, int memfd, uint64_t offset) {
     if (fallocate(memfd, 0, off_t(offset), off_t(length)) < 0) return {0, errno};
-    insert(cpu, address, length);
+    insert(cpu, address, length, true);
     return {length, 0};
 }
 
@@ -74,9 +116,17 @@ bool SoftHat::is_mapped(uint64_t canonical_address) const {
     return mapped_.count(canonical_address) != 0;
 }
 
+bool SoftHat::is_writable(uint64_t canonical_address) const {
+    std::lock_guard guard(lock_);
+    const auto found = mapped_.find(canonical_address);
+    return found != mapped_.end() && found->second;
+}
+
 std::vector<uint64_t> SoftHat::mapped() const {
     std::lock_guard guard(lock_);
-    return {mapped_.begin(), mapped_.end()};
+    std::vector<uint64_t> addresses;
+    for (const auto& [address, writable] : mapped_) addresses.push_back(address);
+    return addresses;
 }
 
 std::map<uint64_t, std::string> SoftHat::failed() const {

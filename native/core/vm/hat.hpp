@@ -11,7 +11,6 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -33,9 +32,22 @@ class Hat {
     // A window is a range of the client's addresses that shows a region; the first one made for a region has the
     // region's own (canonical) addresses. False when it overlaps another window of this CPU.
     bool add_window(int cpu, uint64_t base, uint64_t length, uint64_t canonical) {
-        return windows_[cpu].insert(base, base + length, canonical);
+        if (!windows_[cpu].insert(base, base + length, canonical)) return false;
+        std::lock_guard guard(listed_lock_);
+        listed_.insert({canonical, {cpu, base}});
+        return true;
     }
-    bool remove_window(int cpu, uint64_t base) { return windows_[cpu].remove(base).has_value(); }
+    bool remove_window(int cpu, uint64_t base) {
+        const auto removed = windows_[cpu].remove(base);
+        if (!removed) return false;
+        std::lock_guard guard(listed_lock_);
+        for (auto [it, end] = listed_.equal_range(*removed); it != end; ++it) {
+            if (it->second.cpu != cpu || it->second.base != base) continue;
+            listed_.erase(it);
+            break;
+        }
+        return true;
+    }
     std::optional<uint64_t> canonical(int cpu, uint64_t address) const {
         auto window = windows_[cpu].lookup(address);
         if (!window) return std::nullopt;
@@ -46,7 +58,15 @@ class Hat {
     RegionMap& regions() { return *regions_; }
 
     // All addresses below are window addresses, page-aligned; lengths in bytes. The pages' descriptors are locked.
-    virtual RangeResult map(int cpu, uint64_t address, uint64_t length) = 0;
+    // Not `writable`: the next write is a fault; only where the window's region tracks writes.
+    virtual RangeResult map(int cpu, uint64_t address, uint64_t length, bool writable) = 0;
+    // Lets writes to mapped pages pass, and wakes who waits to write there.
+    virtual RangeResult allow_write(int cpu, uint64_t address, uint64_t length) = 0;
+    // Makes the next write to each of these pages a fault, in all windows of the region. False: some may be writable
+    // still.
+    virtual bool protect(const Region& region, uint64_t first_page, uint64_t count) = 0;
+    // Unmaps these pages from the windows of the region, some time soon or never; their frames stay.
+    virtual void soft_unmap(const Region& region, uint64_t first_page, uint64_t count) = 0;
     // Makes frames of zeros at `offset` of the memfd, which the window shows at `address`, and maps them.
     virtual RangeResult zero(int cpu, uint64_t address, uint64_t length, int memfd, uint64_t offset) = 0;
     virtual void wake(int cpu, uint64_t address, uint64_t length) = 0;
@@ -61,10 +81,25 @@ class Hat {
         if (references_.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
     }
 
+  protected:
+    struct Window {
+        int cpu;
+        uint64_t base;
+    };
+    // The windows that show the region whose canonical address this is.
+    std::vector<Window> windows_of(uint64_t canonical) const {
+        std::vector<Window> found;
+        std::lock_guard guard(listed_lock_);
+        for (auto [it, end] = listed_.equal_range(canonical); it != end; ++it) found.push_back(it->second);
+        return found;
+    }
+
   private:
     const uint64_t id_;
     RegionMap* const regions_;
     std::vector<SharedIntervalMap<uint64_t>> windows_;  // per CPU: window address to canonical address
+    mutable std::mutex listed_lock_;                    // protects listed_; a leaf
+    std::multimap<uint64_t, Window> listed_;            // the same windows, by canonical address
     std::atomic<uint32_t> references_{1};
 };
 
@@ -80,7 +115,10 @@ class UffdHat final : public Hat {
     int descriptor(int cpu) const { return fds_[cpu]; }
     const StatusPage& status() const { return *status_; }
 
-    RangeResult map(int cpu, uint64_t address, uint64_t length) override;
+    RangeResult map(int cpu, uint64_t address, uint64_t length, bool writable) override;
+    RangeResult allow_write(int cpu, uint64_t address, uint64_t length) override;
+    bool protect(const Region& region, uint64_t first_page, uint64_t count) override;
+    void soft_unmap(const Region& region, uint64_t first_page, uint64_t count) override;
     RangeResult zero(int cpu, uint64_t address, uint64_t length, int memfd, uint64_t offset) override;
     void wake(int cpu, uint64_t address, uint64_t length) override;
     void fail(int cpu, uint64_t address, uint64_t length, const std::string& reason) override;
@@ -95,22 +133,26 @@ class SoftHat final : public Hat {
   public:
     using Hat::Hat;
 
-    RangeResult map(int cpu, uint64_t address, uint64_t length) override;
+    RangeResult map(int cpu, uint64_t address, uint64_t length, bool writable) override;
+    RangeResult allow_write(int cpu, uint64_t address, uint64_t length) override;
+    bool protect(const Region& region, uint64_t first_page, uint64_t count) override;
+    void soft_unmap(const Region& region, uint64_t first_page, uint64_t count) override;
     RangeResult zero(int cpu, uint64_t address, uint64_t length, int memfd, uint64_t offset) override;
     void wake(int cpu, uint64_t address, uint64_t length) override;
     void fail(int cpu, uint64_t address, uint64_t length, const std::string& reason) override;
     void unmapped(const Region& region, uint64_t page) override;
 
     bool is_mapped(uint64_t canonical_address) const;
+    bool is_writable(uint64_t canonical_address) const;  // mapped, and a write to it is no fault
     std::vector<uint64_t> mapped() const;  // canonical addresses, sorted
     std::map<uint64_t, std::string> failed() const;
     uint64_t wakes() const;
 
   private:
-    void insert(int cpu, uint64_t address, uint64_t length);
+    void insert(int cpu, uint64_t address, uint64_t length, bool writable);
 
-    mutable std::mutex lock_;    // protects all below; a leaf
-    std::set<uint64_t> mapped_;  // canonical page addresses
+    mutable std::mutex lock_;          // protects all below; a leaf
+    std::map<uint64_t, bool> mapped_;  // canonical page addresses; whether they are writable
     std::map<uint64_t, std::string> failed_;
     uint64_t wakes_ = 0;
 };
