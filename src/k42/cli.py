@@ -167,12 +167,33 @@ def serve(
     all_cpus: Annotated[
         bool, typer.Option("--all-cpus", help="Serve every CPU, not only those that this process may use.")
     ] = False,
+    homing: Annotated[
+        bool,
+        typer.Option(
+            "--homing/--no-homing",
+            help="Serve each 2 MiB of a mapping on the CPU of the threads that fault there, wherever it was mapped.",
+        ),
+    ] = True,
+    sticky: Annotated[
+        bool,
+        typer.Option(
+            "--sticky/--no-sticky",
+            help="Keep a thread on one CPU, of those that its program allows, as long as its faults follow each other.",
+        ),
+    ] = True,
 ) -> None:
     """Run the kernel process, which serves the page faults of its clients, until it is ended."""
     from k42.vm import kernel
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    kernel.serve(socket=str(socket) if socket else None, budget=budget, linger=linger, all_cpus=all_cpus)
+    kernel.serve(
+        socket=str(socket) if socket else None,
+        budget=budget,
+        linger=linger,
+        all_cpus=all_cpus,
+        homing=homing,
+        sticky=sticky,
+    )
 
 
 @app.command()

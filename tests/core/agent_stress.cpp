@@ -305,7 +305,9 @@ void kernel_stopped(bool gone) {
 }  // namespace
 
 // A signal handler may read a guard's flag for ever.
-extern "C" const char* __lsan_default_suppressions() { return "leak:k42::vm::Guard::Guard"; }
+extern "C" __attribute__((visibility("default"))) const char* __lsan_default_suppressions() {
+    return "leak:k42::vm::Guard::Guard";
+}
 
 int main(int argc, char** argv) {
     start_program(argc, argv);

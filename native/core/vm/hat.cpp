@@ -4,35 +4,152 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
+
+#include "runtime/retire.hpp"
 #include "vm/region.hpp"
 
 namespace k42::vm {
 
+Hat::~Hat() {
+    for (auto& [canonical, window] : listed_) delete window;
+}
+
+bool Hat::add_window(int cpu, uint64_t base, uint64_t length, uint64_t canonical, bool follows) {
+    auto made = std::make_unique<Window>(cpu, base, length, canonical, follows);
+    std::lock_guard guard(listed_lock_);
+    if (!windows_.insert(base, base + length, made.get())) return false;
+    listed_.insert({canonical, made.release()});
+    return true;
+}
+
+bool Hat::remove_window(uint64_t base) {
+    const auto found = windows_.remove(base);
+    if (!found) return false;
+    Window* const window = *found;
+    {
+        std::lock_guard guard(listed_lock_);
+        for (auto [it, end] = listed_.equal_range(window->canonical); it != end; ++it) {
+            if (it->second != window) continue;
+            listed_.erase(it);
+            break;
+        }
+    }
+    removed(*window);
+    runtime::retire(window);
+    return true;
+}
+
+std::optional<uint64_t> Hat::canonical(int cpu, uint64_t address) const {
+    runtime::Processor& processor = runtime::current();
+    runtime::enter(processor);
+    const Window* found = window(cpu, address);
+    const auto shown = found ? std::optional(found->canonical + (address - found->base)) : std::nullopt;
+    (void)runtime::leave(processor);
+    return shown;
+}
+
 UffdHat::~UffdHat() {
-    for (int fd : fds_) {
-        if (fd >= 0) close(fd);
+    for (Descriptor& descriptor : fds_) {
+        if (descriptor.fd >= 0) close(descriptor.fd);
     }
 }
 
 bool UffdHat::attach(int cpu, int uffd) {
-    if (fds_[cpu] >= 0) return false;
-    fds_[cpu] = uffd;
+    int none = -1;
+    return fds_[cpu].fd.compare_exchange_strong(none, uffd, std::memory_order_acq_rel);
+}
+
+bool UffdHat::follow(const Window& window, int cpu, uint64_t address, int place, uint64_t now_ns) {
+    if (!window.spans) return false;
+    const uint32_t now = Spans::tick(now_ns);
+    if (window.spans->note(address, now) && spans_.fetch_add(1, std::memory_order_relaxed) >= most_spans_) {
+        unmap_idle(now);
+    }
+    if (place < 0 || place == cpu || descriptor(place) < 0 || window.spans->rests(address, now)) return false;
+    std::optional<SpanMove> move;
+    {
+        std::lock_guard guard(homing_lock_);
+        move = window.spans->follow(address, cpu, place, now, ranges_, kMostRanges);
+    }
+    if (!move) return false;
+    commands_->post({Command::What::rehome, uint16_t(move->from), uint16_t(move->to), move->address, move->length});
     return true;
 }
 
+// The page tables of a span without faults go: the range is remapped where it is, which, unlike MADV_DONTNEED, also
+// removes the marks of write-protected pages. A bounded search at each new span, so that memory which is mapped faster
+// than it gets idle is no reason to search for long.
+void UffdHat::unmap_idle(uint32_t now) {
+    constexpr uint32_t kSteps = 256;
+    std::vector<SpanMove> idle;
+    {
+        std::lock_guard guard(homing_lock_);
+        std::lock_guard listed(listed_lock_);
+        uint32_t steps = kSteps;
+        for (size_t windows = listed_.size() + 1; windows > 0 && steps > 0 && !listed_.empty(); --windows) {
+            auto at = listed_.lower_bound(idle_hand_);
+            if (at == listed_.end()) at = listed_.begin();
+            Spans* spans = at->second->spans.get();
+            idle_hand_ = at->first;
+            while (spans && steps > 0) {
+                const auto range = spans->idle(now, steps);
+                if (!range) break;
+                idle.push_back(*range);
+            }
+            if (steps > 0) ++idle_hand_;
+        }
+    }
+    for (const SpanMove& range : idle) {
+        spans_.fetch_sub((range.address + range.length - 1) / kSpan - range.address / kSpan + 1,
+                         std::memory_order_relaxed);
+        commands_->post({Command::What::rehome, uint16_t(range.from), uint16_t(range.to), range.address, range.length});
+    }
+}
+
+void UffdHat::removed(const Window& window) {
+    if (!window.spans) return;
+    std::lock_guard guard(homing_lock_);
+    window.spans->end();
+    ranges_ -= window.spans->splits();
+    spans_.fetch_sub(window.spans->mapped(), std::memory_order_relaxed);
+}
+
+// Calls `call` on parts of the range that each lie in one span: spans may be of different userfaultfds, and Linux then
+// takes no range across. It takes any of the client's userfaultfds for any of them.
+template <class Call>
+static RangeResult by_span(uint64_t address, uint64_t length, Call call) {
+    uint64_t done = 0;
+    while (done < length) {
+        const uint64_t at = address + done;
+        const uint64_t part = std::min(length - done, kSpan - at % kSpan);
+        const RangeResult result = call(at, part);
+        done += result.done;
+        if (result.error) return {done, result.error};
+    }
+    return {done, 0};
+}
+
 RangeResult UffdHat::map(int cpu, uint64_t address, uint64_t length) {
-    return continue_range(fds_[cpu], address, length);
+    return by_span(address, length,
+                   [&](uint64_t at, uint64_t part) { return continue_range(descriptor(cpu), at, part); });
 }
 
 RangeResult UffdHat::zero(int cpu, uint64_t address, uint64_t length, int, uint64_t) {
-    return zero_range(fds_[cpu], address, length);
+    return by_span(address, length, [&](uint64_t at, uint64_t part) { return zero_range(descriptor(cpu), at, part); });
 }
 
-void UffdHat::wake(int cpu, uint64_t address, uint64_t length) { wake_range(fds_[cpu], address, length); }
+void UffdHat::wake(int cpu, uint64_t address, uint64_t length) { wake_range(descriptor(cpu), address, length); }
+
+void UffdHat::wake_everywhere(uint64_t address, uint64_t length) {
+    for (int cpu = 0; cpu < cpus(); ++cpu) {
+        if (descriptor(cpu) >= 0) wake(cpu, address, length);
+    }
+}
 
 void UffdHat::fail(int cpu, uint64_t address, uint64_t length, const std::string& reason) {
     status_->report(address, length, reason);
-    poison_range(fds_[cpu], address, length);
+    poison_range(descriptor(cpu), address, length);
     wake(cpu, address, length);
 }
 
@@ -52,6 +169,8 @@ RangeResult SoftHat::zero(int cpu, uint64_t address, uint64_t length, int memfd,
     insert(cpu, address, length);
     return {length, 0};
 }
+
+void SoftHat::wake_everywhere(uint64_t address, uint64_t length) { wake(0, address, length); }
 
 void SoftHat::wake(int, uint64_t, uint64_t) {
     std::lock_guard guard(lock_);
