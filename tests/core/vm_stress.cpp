@@ -551,7 +551,7 @@ void sticky_affinity() {
     uint64_t now = 1'000'000'000;
     auto burst = [&](S& sticky, pid_t process, pid_t thread, uint32_t faults, uint64_t gap) {
         int place = -1;
-        for (uint32_t i = 0; i < faults; ++i) place = sticky.fault(process, thread, true, now += gap);
+        for (uint32_t i = 0; i < faults; ++i) place = sticky.fault(process, thread, Hold::anywhere, now += gap);
         return place;
     };
     {
@@ -575,7 +575,7 @@ void sticky_affinity() {
         CHECK(machine_cpus() == all && other.kept() == 0);
         now += S::kIdle;
         other.release_idle(now);
-        for (int i = 0; i < 10; ++i) CHECK_EQUAL(other.fault(pid, tid, false, now += 1000), -1);
+        for (int i = 0; i < 10; ++i) CHECK_EQUAL(other.fault(pid, tid, Hold::nowhere, now += 1000), -1);
         CHECK(machine_cpus() == all && other.kept() == 0);
         // The end gives all masks back.
         burst(sticky, pid, tid, S::kBurst + 1, 1000);

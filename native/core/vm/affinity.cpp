@@ -41,7 +41,7 @@ int last_cpu(pid_t pid, pid_t tid) {
 
 }  // namespace
 
-Placement::Place Placement::place(pid_t pid, pid_t tid, int here, bool hold, uint64_t now) {
+Placement::Place Placement::place(pid_t pid, pid_t tid, int here, Hold hold, uint64_t now) {
     std::lock_guard guard(lock_);
     if (const auto found = held_.find(tid); found != held_.end()) return {found->second->place, found->second, false};
     cpu_set_t own;
@@ -52,7 +52,7 @@ Placement::Place Placement::place(pid_t pid, pid_t tid, int here, bool hold, uin
         }
         return {-1, nullptr, false};
     }
-    const int place = hold ? choose(own, pid, tid, here) : -1;
+    const int place = hold != Hold::nowhere ? choose(own, pid, tid, here, hold) : -1;
     if (place < 0) return {-1, nullptr, false};
     auto held = std::make_shared<Held>();
     held->pid = pid;
@@ -70,11 +70,12 @@ Placement::Place Placement::place(pid_t pid, pid_t tid, int here, bool hold, uin
     return {place, held, true};
 }
 
-int Placement::choose(const cpu_set_t& own, pid_t pid, pid_t tid, int here) const {
+int Placement::choose(const cpu_set_t& own, pid_t pid, pid_t tid, int here, Hold hold) const {
     // The number comes from Linux, but as its process numbers threads: make sure it is that process's thread here.
     const int last = last_cpu(pid, tid);
     if (last < 0) return -1;
     const auto allowed = [&](size_t i) { return CPU_ISSET(cpus_[i], &own); };
+    if (hold == Hold::here) return allowed(size_t(here)) ? here : -1;
     int chosen = -1;
     const auto rank = [&](int i) { return std::tuple(count_[i], i != here, cpus_[i] != last); };
     for (size_t i = 0; i < cpus_.size(); ++i) {
@@ -154,7 +155,7 @@ void Placement::widen_newer(pid_t pid, const Held& holder, pid_t newest) const {
     closedir(tasks);
 }
 
-int StickyAffinity::fault(pid_t pid, pid_t tid, bool hold, uint64_t now) {
+int StickyAffinity::fault(pid_t pid, pid_t tid, Hold hold, uint64_t now) {
     for (Thread& thread : threads_) {
         if (thread.tid != tid) continue;
         if (thread.held && (!thread.held->active.load(std::memory_order_relaxed) ||

@@ -20,6 +20,10 @@
 
 namespace k42::vm {
 
+// Where a thread may be held: nowhere; on the CPU where its faults are served, since they will not come elsewhere; or
+// on any, to which the memory can follow.
+enum class Hold : uint8_t { nowhere, here, anywhere };
+
 class Placement {
   public:
     // A thread that is kept on a CPU. Lines of its own: written where the thread faults, which is on that CPU, mostly.
@@ -45,9 +49,9 @@ class Placement {
     Placement& operator=(const Placement&) = delete;
 
     // A thread's faults come in a burst on the CPU with this index. It belongs to the CPU where it is held already; if
-    // its program left it one CPU alone, to that. Else, with `hold`, it is held: where its mask allows it and the
+    // its program left it one CPU alone, to that. Else it may be held: where its mask allows it and the
     // fewest are held; of such CPUs here, else where it last ran.
-    Place place(pid_t pid, pid_t tid, int here, bool hold, uint64_t now);
+    Place place(pid_t pid, pid_t tid, int here, Hold hold, uint64_t now);
 
     // False when the program has changed the thread's mask, which is then left alone.
     bool still_held(const std::shared_ptr<Held>& held);
@@ -61,7 +65,7 @@ class Placement {
     // itself cannot be told from those, and is widened too.)
 
   private:
-    int choose(const cpu_set_t& own, pid_t pid, pid_t tid, int here) const;
+    int choose(const cpu_set_t& own, pid_t pid, pid_t tid, int here, Hold hold) const;
     void forget(const std::shared_ptr<Held>& held);
     void give_back(const Held& held) const;
     void widen(pid_t task, const Held& holder) const;
@@ -90,8 +94,8 @@ class StickyAffinity {
     StickyAffinity& operator=(const StickyAffinity&) = delete;
 
     // A fault of thread `tid` of process `pid` at `now` (ns, CLOCK_MONOTONIC). The index of the CPU to which the thread
-    // belongs; -1: not known (yet), or none. `hold`: it may be held there.
-    int fault(pid_t pid, pid_t tid, bool hold, uint64_t now);
+    // belongs; -1: not known (yet), or none.
+    int fault(pid_t pid, pid_t tid, Hold hold, uint64_t now);
     // Gives idle threads their masks back; true while some are still watched.
     bool release_idle(uint64_t now);
 

@@ -155,12 +155,17 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
         if (messages[i].event != UFFD_EVENT_PAGEFAULT) continue;
         ++faults;
         const auto& fault = messages[i].arg.pagefault;
-        const bool placed = client.sticky || client.homing;
-        const int place = placed ? server.affinity.fault(client.pid, pid_t(fault.feat.ptid), client.sticky, now) : -1;
+        const uint64_t address = fault.address & ~(kPageSize - 1);
+        const Window* const window = client.hat->window(cpu, address);
+        const bool follows = client.homing && window && window->spans;
+        int place = -1;
+        if (client.sticky || client.homing) {
+            const Hold hold = !client.sticky ? Hold::nowhere : follows ? Hold::anywhere : Hold::here;
+            place = server.affinity.fault(client.pid, pid_t(fault.feat.ptid), hold, now);
+        }
         local += place == cpu;
         remote += place >= 0 && place != cpu;
-        const FaultAt at{client.hat, cpu, fault.address & ~(kPageSize - 1)};
-        const Window* const window = client.hat->window(cpu, at.address);
+        const FaultAt at{client.hat, cpu, address};
         const bool done = handle(at);
         if (window) {
             // The thread goes on meanwhile: it faults again if its span moves under it.

@@ -37,8 +37,8 @@ _CURES = """any one of these gives it:
     --cap-add SYS_PTRACE together with one of the above)"""
 
 
-def _open_userfaultfd() -> int:
-    """A userfaultfd in the best mode that this process may have."""
+def _open_userfaultfd(*, quiet: bool) -> int:
+    """A userfaultfd in the best mode that this process may have; says when that is not the full one, unless `quiet`."""
     try:
         return _native.open_userfaultfd(False)
     except OSError as error:
@@ -50,6 +50,8 @@ def _open_userfaultfd() -> int:
         descriptor = _native.open_userfaultfd(True)
     except OSError as error:
         raise Unsupported(f"no permission for userfaultfd ({error.strerror}); {_CURES}") from error
+    if quiet:
+        return descriptor
     warnings.warn(
         "userfaultfd is allowed in user mode only: touching a mapping works, but system calls that are given its "
         f"memory (read, write, sendfile …) can fail with EFAULT. For the full mode, {_CURES}",
@@ -188,7 +190,7 @@ class Client:
     def _serve_cpu(self, index: int) -> None:
         """Has a userfaultfd for this CPU that the kernel serves; call with the lock held."""
         if index not in self._uffds:
-            self._uffds[index] = _open_userfaultfd()
+            self._uffds[index] = _open_userfaultfd(quiet=bool(self._uffds))
             self._guard.watch(index, self._uffds[index])
         if index not in self._handed_over:  # again, where Ctrl-C kept us from knowing
             self._exchange({"op": "uffd", "cpu": index}, (self._uffds[index],))

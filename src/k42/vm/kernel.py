@@ -630,9 +630,7 @@ def serve(
     # Between the making of the socket and the handlers a signal would leave it behind: it waits.
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
     try:
-        kernel = Kernel(
-            path, default_budget() if budget is None else budget, linger, homing=homing, sticky=sticky
-        )
+        kernel = Kernel(path, default_budget() if budget is None else budget, linger, homing=homing, sticky=sticky)
 
         def on_signal(number: int, _: object) -> None:
             log.info("%s: ending", signal.Signals(number).name)
