@@ -107,7 +107,8 @@ PyObject* handle(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     PyObject* hat;
     int cpu;
     uint64_t address;
-    if (!unpack("handle", args, nargs, hat, cpu, address)) return nullptr;
+    bool write;
+    if (!unpack("handle", args, nargs, hat, cpu, address, write)) return nullptr;
     HatValue* value = checked<HatValue>(hat, vm_types.hat);
     if (!value) return nullptr;
     if (cpu < 0 || cpu >= value->hat->cpus()) {
@@ -117,7 +118,7 @@ PyObject* handle(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     bool done;
     {
         Detached detached;
-        done = vm::Engine::handle({value->hat, cpu, address & ~(vm::kPageSize - 1)});
+        done = vm::Engine::handle({value->hat, cpu, address & ~(vm::kPageSize - 1), write});
     }
     (void)self;
     return PyBool_FromLong(done);
@@ -141,7 +142,7 @@ PyObject* next(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
         }
     }
     if (!fault) Py_RETURN_NONE;
-    return Py_BuildValue("(KiKK)", id, fault->cpu, fault->address, fault->canonical);
+    return Py_BuildValue("(KiKKO)", id, fault->cpu, fault->address, fault->canonical, fault->write ? Py_True : Py_False);
 }
 
 PyObject* counts(PyObject* self, PyObject*) {
@@ -158,9 +159,9 @@ PyMethodDef methods[] = {
     {"remove", fast(remove), METH_FASTCALL, "remove(hat): serve this client no more."},
     {"synchronize", synchronize, METH_NOARGS, "Wait until what was unlinked before is used by no server thread."},
     {"handle", fast(handle), METH_FASTCALL,
-     "handle(hat, cpu, address): resolve one fault here; False: it is Python's."},
+     "handle(hat, cpu, address, write): resolve one fault here; False: it is Python's."},
     {"next", fast(next), METH_FASTCALL,
-     "next(cpu): wait for a fault handed up: (id of the HAT, cpu, window address, canonical address), or None."},
+     "next(cpu): wait for a fault handed up: (id of the HAT, cpu, window address, canonical address, write), or None."},
     {"counts", counts, METH_NOARGS,
      "Faults read, finished natively, handed up; bursts kept on a CPU; faults by where their threads belong; moves."},
     {nullptr, nullptr, 0, nullptr},

@@ -165,7 +165,9 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
         }
         local += place == cpu;
         remote += place >= 0 && place != cpu;
-        const FaultAt at{client.hat, cpu, address};
+        const bool guarded = fault.flags & UFFD_PAGEFAULT_FLAG_WP;
+        const bool write = guarded || (fault.flags & UFFD_PAGEFAULT_FLAG_WRITE);
+        const FaultAt at{client.hat, cpu, address, write, guarded};
         const bool done = handle(at);
         if (window) {
             // The thread goes on meanwhile: it faults again if its span moves under it.
@@ -177,7 +179,7 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
         }
         client.hat->retain();
         std::lock_guard guard(server.queue_lock);
-        server.queue.push_back({client.hat, cpu, at.address, client.hat->canonical(cpu, at.address).value_or(0)});
+        server.queue.push_back({client.hat, cpu, at.address, client.hat->canonical(cpu, at.address).value_or(0), write});
         server.queue_filled.notify_one();
     }
     // Written by this thread alone: no read-modify-write is needed.
@@ -194,7 +196,7 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
     (void)runtime::leave(processor);
 }
 
-bool Engine::handle(const FaultAt& fault) {
+bool Engine::handle(FaultAt fault) {
     const auto canonical = fault.hat->canonical(fault.cpu, fault.address);
     const auto entry = canonical ? fault.hat->regions().lookup(*canonical) : std::nullopt;
     if (!entry) {
@@ -203,17 +205,20 @@ bool Engine::handle(const FaultAt& fault) {
     }
     Region& region = *entry->value;
     switch (region.gate.try_enter()) {
-        case SharedGate::Entry::entered:
+        case RegionGate::Entry::entered:
             break;
-        case SharedGate::Entry::stopped:
+        case RegionGate::Entry::stopped:
             return false;
-        case SharedGate::Entry::rejected:
+        case RegionGate::Entry::rejected:
             fault.hat->fail(fault.cpu, fault.address, kPageSize, "its region was being unmapped");
             return true;
     }
     const uint64_t page = region.page_at(*canonical);
     const Region::Group group = region.group_of(page);
-    const Outcome outcome = region.cache->resolve(fault, page, group.first, group.count);
+    const Region::Group around = region.around_of(page);
+    fault.tracked = region.tracked;
+    const Outcome outcome =
+        region.cache->resolve(fault, page, {group.first, group.count}, {around.first, around.count});
     region.gate.leave();
     return outcome != Outcome::absent && outcome != Outcome::no_frame;
 }

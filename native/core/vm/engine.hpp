@@ -29,6 +29,7 @@ struct HandedUp {
     int cpu;
     uint64_t address;  // of the window, page-aligned
     uint64_t canonical;
+    bool write;
 };
 
 class Engine {
@@ -59,7 +60,7 @@ class Engine {
     void synchronize();
 
     // Resolves one fault on the calling thread. False: it is Python's to finish.
-    static bool handle(const FaultAt& fault);
+    static bool handle(FaultAt fault);
 
     // A fault handed up on this CPU; waits for one. Nothing after stop().
     std::optional<HandedUp> next(int cpu);

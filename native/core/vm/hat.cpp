@@ -130,9 +130,43 @@ static RangeResult by_span(uint64_t address, uint64_t length, Call call) {
     return {done, 0};
 }
 
-RangeResult UffdHat::map(int cpu, uint64_t address, uint64_t length) {
+RangeResult UffdHat::map(int cpu, uint64_t address, uint64_t length, bool writable) {
     return by_span(address, length,
-                   [&](uint64_t at, uint64_t part) { return continue_range(descriptor(cpu), at, part); });
+                   [&](uint64_t at, uint64_t part) { return continue_range(descriptor(cpu), at, part, writable); });
+}
+
+RangeResult UffdHat::allow_write(int cpu, uint64_t address, uint64_t length) {
+    const int error = protect_range(descriptor(cpu), address, length, false);
+    return {error ? 0 : length, error};
+}
+
+// What of the pages a region shows, in one of its windows.
+static SpanMove shown_part(const Window& window, const Region& region, uint64_t first_page, uint64_t count) {
+    const uint64_t from = std::max(first_page, region.first_page);
+    const uint64_t to = std::min(first_page + count, region.first_page + region.pages);
+    if (from >= to) return {0, 0, window.cpu, window.cpu};
+    return {window.base + (from - region.first_page) * kPageSize, (to - from) * kPageSize, window.cpu, window.cpu};
+}
+
+bool UffdHat::protect(const Region& region, uint64_t first_page, uint64_t count, uint32_t used) {
+    bool safe = true;
+    each_window(region.start, [&](const Window& window) {
+        const SpanMove part = shown_part(window, region, first_page, count);
+        if (!part.length || !may_have_used(window, used)) return;
+        // Any of the client's userfaultfds does it, for spans of all of them.
+        const int error = protect_range(descriptor(window.cpu), part.address, part.length, true);
+        // Gone, the window or the whole process: nobody writes there any more.
+        if (error && error != ENOENT && error != ESRCH) safe = false;
+    });
+    return safe;
+}
+
+void UffdHat::soft_unmap(const Region& region, uint64_t first_page, uint64_t count, uint32_t used) {
+    each_window(region.start, [&](const Window& window) {
+        const SpanMove part = shown_part(window, region, first_page, count);
+        if (!part.length || !may_have_used(window, used)) return;
+        commands_->post({Command::What::soft_unmap, uint16_t(part.from), uint16_t(part.to), part.address, part.length});
+    });
 }
 
 RangeResult UffdHat::zero(int cpu, uint64_t address, uint64_t length, int, uint64_t) {
@@ -153,20 +187,40 @@ void UffdHat::fail(int cpu, uint64_t address, uint64_t length, const std::string
     wake(cpu, address, length);
 }
 
-void SoftHat::insert(int cpu, uint64_t address, uint64_t length) {
+void SoftHat::insert(int cpu, uint64_t address, uint64_t length, bool writable) {
     const auto start = canonical(cpu, address);
     std::lock_guard guard(lock_);
-    for (uint64_t done = 0; start && done < length; done += kPageSize) mapped_.insert(*start + done);
+    for (uint64_t done = 0; start && done < length; done += kPageSize) mapped_[*start + done] = writable;
 }
 
-RangeResult SoftHat::map(int cpu, uint64_t address, uint64_t length) {
-    insert(cpu, address, length);
+RangeResult SoftHat::map(int cpu, uint64_t address, uint64_t length, bool writable) {
+    insert(cpu, address, length, writable);
     return {length, 0};
+}
+
+RangeResult SoftHat::allow_write(int cpu, uint64_t address, uint64_t length) {
+    insert(cpu, address, length, true);
+    return {length, 0};
+}
+
+bool SoftHat::protect(const Region& region, uint64_t first_page, uint64_t count, uint32_t) {
+    std::lock_guard guard(lock_);
+    for (uint64_t page = std::max(first_page, region.first_page); page < first_page + count; ++page) {
+        const auto found = mapped_.find(region.start + (page - region.first_page) * kPageSize);
+        if (found != mapped_.end() && page - region.first_page < region.pages) found->second = false;
+    }
+    return true;
+}
+
+void SoftHat::soft_unmap(const Region& region, uint64_t first_page, uint64_t count, uint32_t) {
+    for (uint64_t page = std::max(first_page, region.first_page); page < first_page + count; ++page) {
+        if (page - region.first_page < region.pages) unmapped(region, page);
+    }
 }
 
 RangeResult SoftHat::zero(int cpu, uint64_t address, uint64_t length, int memfd, uint64_t offset) {
     if (fallocate(memfd, 0, off_t(offset), off_t(length)) < 0) return {0, errno};
-    insert(cpu, address, length);
+    insert(cpu, address, length, true);
     return {length, 0};
 }
 
@@ -193,9 +247,17 @@ bool SoftHat::is_mapped(uint64_t canonical_address) const {
     return mapped_.count(canonical_address) != 0;
 }
 
+bool SoftHat::is_writable(uint64_t canonical_address) const {
+    std::lock_guard guard(lock_);
+    const auto found = mapped_.find(canonical_address);
+    return found != mapped_.end() && found->second;
+}
+
 std::vector<uint64_t> SoftHat::mapped() const {
     std::lock_guard guard(lock_);
-    return {mapped_.begin(), mapped_.end()};
+    std::vector<uint64_t> addresses;
+    for (const auto& [address, writable] : mapped_) addresses.push_back(address);
+    return addresses;
 }
 
 std::map<uint64_t, std::string> SoftHat::failed() const {

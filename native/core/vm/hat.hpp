@@ -11,7 +11,6 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -19,13 +18,11 @@
 #include "structures/interval_map.hpp"
 #include "vm/agent.hpp"
 #include "vm/homing.hpp"
+#include "vm/region_map.hpp"
 #include "vm/status_page.hpp"
 #include "vm/uffd.hpp"
 
 namespace k42::vm {
-
-struct Region;
-using RegionMap = SharedIntervalMap<Region*>;  // what a Process owns: canonical address to Region
 
 // A range of a client's addresses that shows a region; the first one made for a region has the region's own (canonical)
 // addresses.
@@ -42,6 +39,9 @@ struct Window {
     // Of a window whose spans follow the threads; nullptr: all of its faults come on `cpu`.
     const std::unique_ptr<Spans> spans;
 };
+
+// In a page's record of the CPUs on whose windows it may be mapped.
+constexpr uint32_t cpu_bit(int cpu) { return 1u << (uint32_t(cpu) % 32); }
 
 class Hat {
   public:
@@ -70,7 +70,15 @@ class Hat {
     RegionMap& regions() { return *regions_; }
 
     // All addresses below are window addresses, page-aligned; lengths in bytes. The pages' descriptors are locked.
-    virtual RangeResult map(int cpu, uint64_t address, uint64_t length) = 0;
+    // Not `writable`: the next write is a fault; only where the window's region tracks writes.
+    virtual RangeResult map(int cpu, uint64_t address, uint64_t length, bool writable) = 0;
+    // Lets writes to mapped pages pass, and wakes who waits to write there.
+    virtual RangeResult allow_write(int cpu, uint64_t address, uint64_t length) = 0;
+    // Makes the next write to each of these pages a fault, in all windows of the region that may have them mapped.
+    // False: some may be writable still. `used`: the CPUs on which these pages were mapped (see cpu_bit).
+    virtual bool protect(const Region& region, uint64_t first_page, uint64_t count, uint32_t used) = 0;
+    // Unmaps these pages from the windows of the region, some time soon or never; their frames stay.
+    virtual void soft_unmap(const Region& region, uint64_t first_page, uint64_t count, uint32_t used) = 0;
     // Makes frames of zeros at `offset` of the memfd, which the window shows at `address`, and maps them.
     virtual RangeResult zero(int cpu, uint64_t address, uint64_t length, int memfd, uint64_t offset) = 0;
     virtual void wake(int cpu, uint64_t address, uint64_t length) = 0;
@@ -139,7 +147,10 @@ class UffdHat final : public Hat {
     // if that is known (else -1): then its span may be asked to move there; true if it is.
     bool follow(const Window& window, int cpu, uint64_t address, int place, uint64_t now);
 
-    RangeResult map(int cpu, uint64_t address, uint64_t length) override;
+    RangeResult map(int cpu, uint64_t address, uint64_t length, bool writable) override;
+    RangeResult allow_write(int cpu, uint64_t address, uint64_t length) override;
+    bool protect(const Region& region, uint64_t first_page, uint64_t count, uint32_t used) override;
+    void soft_unmap(const Region& region, uint64_t first_page, uint64_t count, uint32_t used) override;
     RangeResult zero(int cpu, uint64_t address, uint64_t length, int memfd, uint64_t offset) override;
     void wake(int cpu, uint64_t address, uint64_t length) override;
     void wake_everywhere(uint64_t address, uint64_t length) override;
@@ -148,6 +159,11 @@ class UffdHat final : public Hat {
 
   private:
     void removed(const Window& window) override;
+    // Faults on a window that does not follow come on its CPU alone, so that the bits say exactly which of such windows
+    // have a page mapped. One that follows can have faults on any CPU, and is always visited.
+    static bool may_have_used(const Window& window, uint32_t used) {
+        return window.spans || (used & cpu_bit(window.cpu));
+    }
     void unmap_idle(uint32_t now);
 
     // The client's userfaultfd of each CPU, -1 until it has handed one over. Any of them can map a page anywhere in the
@@ -170,7 +186,10 @@ class SoftHat final : public Hat {
   public:
     using Hat::Hat;
 
-    RangeResult map(int cpu, uint64_t address, uint64_t length) override;
+    RangeResult map(int cpu, uint64_t address, uint64_t length, bool writable) override;
+    RangeResult allow_write(int cpu, uint64_t address, uint64_t length) override;
+    bool protect(const Region& region, uint64_t first_page, uint64_t count, uint32_t used) override;
+    void soft_unmap(const Region& region, uint64_t first_page, uint64_t count, uint32_t used) override;
     RangeResult zero(int cpu, uint64_t address, uint64_t length, int memfd, uint64_t offset) override;
     void wake(int cpu, uint64_t address, uint64_t length) override;
     void wake_everywhere(uint64_t address, uint64_t length) override;
@@ -178,15 +197,16 @@ class SoftHat final : public Hat {
     void unmapped(const Region& region, uint64_t page) override;
 
     bool is_mapped(uint64_t canonical_address) const;
+    bool is_writable(uint64_t canonical_address) const;  // mapped, and a write to it is no fault
     std::vector<uint64_t> mapped() const;  // canonical addresses, sorted
     std::map<uint64_t, std::string> failed() const;
     uint64_t wakes() const;
 
   private:
-    void insert(int cpu, uint64_t address, uint64_t length);
+    void insert(int cpu, uint64_t address, uint64_t length, bool writable);
 
-    mutable std::mutex lock_;    // protects all below; a leaf
-    std::set<uint64_t> mapped_;  // canonical page addresses
+    mutable std::mutex lock_;          // protects all below; a leaf
+    std::map<uint64_t, bool> mapped_;  // canonical page addresses; whether they are writable
     std::map<uint64_t, std::string> failed_;
     uint64_t wakes_ = 0;
 };

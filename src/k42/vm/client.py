@@ -301,7 +301,7 @@ class Client:
     def _show(
         self, mapping: Mapping, memfd: int, index: int, offset: int, delta: int, length: int, writable: bool, name: str
     ) -> None:
-        mapping.show(memfd, offset, writable, delta, length, self._uffds[index], self._guard, name, self._status)
+        mapping.show(memfd, offset, int(writable), delta, length, self._uffds[index], self._guard, name, self._status)
 
     def _add_window(self, region: int, base: int, index: int) -> None:
         """Lists another window of a region, on the CPU with this index."""

@@ -220,12 +220,12 @@ class Kernel:
     def _work(self, index: int, cpu: int) -> None:
         os.sched_setaffinity(0, {cpu})
         while (handed_up := self._engine.next(index)) is not None:
-            client_id, _, address, canonical = handed_up
+            client_id, _, address, canonical, write = handed_up
             client = self._clients.get(client_id)
             if client is None:
                 continue  # gone, and its faults with it
             try:
-                client.process.handle_fault(Fault(index, address, canonical))
+                client.process.handle_fault(Fault(index, address, canonical, write))
             except k42.Destroyed:
                 # The region or the whole client went while we were at it. Another mapping may be at the address by
                 # now: never fail it. Who waits there faults again.
@@ -281,7 +281,9 @@ class Kernel:
                 try:
                     reply, sent = self._answer(client, message, descriptors)
                 except OSError as error:  # of a file or a descriptor of ours, not of the connection
-                    reply = protocol.to_reply(error if isinstance(error, k42.Error) else StoreError(*error.args))
+                    reply = protocol.to_reply(
+                        error if isinstance(error, k42.Error) else StoreError.of(error, str(error.filename or ""))
+                    )
             except (k42.Error, ValueError) as error:
                 reply = protocol.to_reply(error)
             except (KeyError, TypeError, OverflowError) as error:
@@ -430,7 +432,7 @@ class Kernel:
 
     def _make_fcm(self, fr: FileRepresentative, backing: Backing) -> FileCacheManager:
         try:
-            return SharedFCM.create(self._global_pm, fr, backing)
+            return SharedFCM.create(self._global_pm, fr, backing, len(self.cpus))
         except Exception as error:
             fr.close()
             k42.destroy(fr)

@@ -16,11 +16,13 @@ How are they organised?
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import k42
 from k42 import _native
-from k42.vm.errors import OutOfFrames, StoreError
 from k42.vm.fault import Fault
 from k42.vm.hat import Hat
 from k42.vm.pm import PageManager
@@ -55,16 +57,29 @@ class SharedRegion(Region):
         pages: length, in pages of 4 KiB.
         first_page: the file's page at `start`.
         group: the region's page size, in pages of 4 KiB.
+        around: of so many pages of 4 KiB around a fault, those that are resident are mapped with it.
+        tracked: its windows share the frames and can be written to: writes to clean pages are faults.
     """
 
     class Root(k42.SharedRoot):
         """Holds the native half, and what it refers to."""
 
         def __init__(
-            self, fcm: FileCacheManager, hat: Hat, start: int, pages: int, first_page: int, group: int
+            self,
+            fcm: FileCacheManager,
+            hat: Hat,
+            start: int,
+            pages: int,
+            first_page: int,
+            group: int,
+            around: int = 1,
+            tracked: bool = False,
         ) -> None:
             self.fcm = fcm
-            self.region = _native.Region(fcm.native(), hat.native(), start, pages, first_page, group)
+            self.tracked = tracked
+            self.region = _native.Region(
+                fcm.native(), hat.native(), start, pages, first_page, group, around, tracked
+            )
             self.range = (first_page, first_page + pages)
 
     root: Root
@@ -75,19 +90,30 @@ class SharedRegion(Region):
 
     def handle_fault(self, fault: Fault, hat: Hat, pm: PageManager) -> None:
         """Finishes a fault; see `Region.handle_fault`."""
+        root = self.root
+        fault = fault._replace(tracked=root.tracked)
+
+        def inside() -> AbstractContextManager[bool]:
+            return self._inside(fault, hat)
+
+        with inside() as shown:
+            if not shown:
+                hat.wake(fault.cpu, fault.address)  # being unmapped: the engine ends the access when it happens again
+                return
+            page, first, count = root.region.group_of(fault.canonical)
+            rest = root.fcm.map_page(fault, hat, pm, page, (first, count), root.range, inside)
+        if rest:
+            rest()
+
+    @contextlib.contextmanager
+    def _inside(self, fault: Fault, hat: Hat) -> Iterator[bool]:
+        """Inside the gate the window stays. Before, it may have gone, and another come to its addresses."""
         region = self.root.region
         if not region.enter():
-            hat.wake(fault.cpu, fault.address)  # being unmapped: the engine ends the access when it happens again
+            yield False
             return
         try:
-            # Inside the gate the window stays. Before, it may have gone, and another come to its addresses.
-            if not hat.shows(fault.cpu, fault.address, fault.canonical):
-                hat.wake(fault.cpu, fault.address)
-                return
-            page, first, count = region.group_of(fault.canonical)
-            self.root.fcm.map_page(fault, hat, pm, page, (first, count), self.root.range)
-        except (OutOfFrames, StoreError) as error:
-            hat.fail(fault.cpu, fault.address, str(error))
+            yield hat.shows(fault.cpu, fault.address, fault.canonical)
         finally:
             region.leave()
 

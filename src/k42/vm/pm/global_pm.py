@@ -92,6 +92,10 @@ class GlobalPageManager(k42.Object):
         """How many pages to read at once from a file."""
         raise NotImplementedError
 
+    def prefetchable(self) -> int:
+        """How many frames one request may fill ahead of time, without pushing out what it has just brought in."""
+        raise NotImplementedError
+
     def usage(self) -> dict[str, int]:
         """Frames in use and promised, by kind."""
         raise NotImplementedError
@@ -195,6 +199,11 @@ class SharedGlobalPM(GlobalPageManager):
     def cluster(self) -> int:
         """How many pages to read at once: fewer when the budget is tiny."""
         return max(1, min(_CLUSTER, self.root.budget // 4))
+
+    def prefetchable(self) -> int:
+        """How many frames one request may fill ahead of time: half of what is not promised to others."""
+        usage = self.usage()
+        return max(1, (usage["budget"] - usage["reserved"] - usage["overcommitted"]) // 2)
 
     def usage(self) -> dict[str, int]:
         """Frames in use and promised, by kind."""
