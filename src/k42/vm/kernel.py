@@ -30,6 +30,7 @@ from k42.vm import protocol
 from k42.vm.errors import KernelUnavailable, OutOfFrames, ProtocolError, StoreError
 from k42.vm.fault import Fault
 from k42.vm.fcm import FileCacheManager, SharedFCM
+from k42.vm.files import forget_credentials
 from k42.vm.fr import FileFR, FileRepresentative, ZeroFR
 from k42.vm.hat import Hat, UffdHat
 from k42.vm.pm import Backing, GlobalPageManager, PageManager, ProcessPM, SharedGlobalPM
@@ -600,6 +601,7 @@ def serve(
         KernelUnavailable: another kernel listens there already.
         OutOfFrames: the budget is below one page.
     """
+    forget_credentials()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two descriptors a file, one a client and CPU
