@@ -32,6 +32,7 @@ from k42.vm.channels import Channel
 from k42.vm.errors import KernelUnavailable, OutOfFrames, ProtocolError, StoreError
 from k42.vm.fault import Fault
 from k42.vm.fcm import AROUND, FileCacheManager, Policy, SharedFCM
+from k42.vm.files import forget_credentials
 from k42.vm.fr import FileRepresentative
 from k42.vm.hat import Hat, UffdHat
 from k42.vm.pager import Pager
@@ -681,6 +682,7 @@ def serve(
     """
     variants = Variants.named(objects)
     chosen = Policy.named(policy)
+    forget_credentials()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two descriptors a file, one a client and CPU
