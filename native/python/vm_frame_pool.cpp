@@ -206,7 +206,8 @@ PyObject* close_account(PyObject* self, PyObject*) {
 }
 
 PyMethodDef account_methods[] = {
-    {"charge", fast(charge), METH_FASTCALL, "charge(frames): count them as the client's; False when its limit is less."},
+    {"charge", fast(charge), METH_FASTCALL,
+     "charge(frames): count them as the client's; False when its limit is less."},
     {"uncharge", fast(uncharge), METH_FASTCALL, "uncharge(frames): they are its no more."},
     {"number", number, METH_NOARGS, "What descriptors of pages call the account: 1 to 65535."},
     {"used", used, METH_NOARGS, "Frames charged; exact while nobody charges."},

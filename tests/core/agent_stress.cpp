@@ -115,7 +115,7 @@ class Served {
                         const uint64_t page = messages[i].arg.pagefault.address & ~(kPageSize - 1);
                         // All pages are there: a zero would be one that Linux made where nobody served.
                         CHECK(messages[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR);
-                        const RangeResult result = continue_range(uffd, page, kPageSize);
+                        const RangeResult result = continue_range(uffd, page, kPageSize, true);
                         if (result.error) wake_range(uffd, page, kPageSize);
                         faults.fetch_add(1);
                     }

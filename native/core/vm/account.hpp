@@ -85,8 +85,7 @@ class Accounts {
         } else {
             return nullptr;
         }
-        auto* account =
-            alloc::make<Account, alloc::Kind::padded>(id, limit.value_or(Account::kNoLimit), distributed);
+        auto* account = alloc::make<Account, alloc::Kind::padded>(id, limit.value_or(Account::kNoLimit), distributed);
         above_[id].store(false, std::memory_order_relaxed);
         accounts_[id].store(account, std::memory_order_release);
         open_.push_back(account);

@@ -182,12 +182,15 @@ class alignas(runtime::apart) FramePool {
         if (!(refused || (now < before && now <= Level::low))) return;
         const int event = event_.load(std::memory_order_acquire);
         const uint64_t one = 1;
-        if (event >= 0) [[maybe_unused]] const auto written = write(event, &one, sizeof one);
+        if (event >= 0) [[maybe_unused]]
+            const auto written = write(event, &one, sizeof one);
     }
 
     void tell_waiters() {
         if (waiters_.load(std::memory_order_seq_cst) == 0) return;
-        { std::lock_guard guard(wait_lock_); }  // who is about to sleep does so first
+        {
+            std::lock_guard guard(wait_lock_);
+        }  // who is about to sleep does so first
         changed_.notify_all();
     }
 

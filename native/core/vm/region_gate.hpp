@@ -74,9 +74,8 @@ class alignas(runtime::apart) RegionGate {
             return entry;
         }
         auto& distributed = std::get<Distributed>(gate.kind);
-        Part& part = distributed.parts.of(here, [&]() -> Part& {
-            return *alloc::make<Part, alloc::Kind::padded>(distributed.gate.join());
-        });
+        Part& part = distributed.parts.of(
+            here, [&]() -> Part& { return *alloc::make<Part, alloc::Kind::padded>(distributed.gate.join()); });
         const Entry entry = attempt(part.part);
         if (entry == Entry::entered) part.uses.add();
         return entry;

@@ -41,9 +41,8 @@ class alignas(runtime::apart) RegionMap {
         // Acquire: the map is complete; and it is retired after it was replaced here, so it outlives this request.
         Map& map = *map_.load(std::memory_order_acquire);
         if (auto* replicated = std::get_if<Replicated>(&map.implementation)) {
-            Replica& replica = replicated->replicas.of(here, [&]() -> Replica& {
-                return *alloc::make<Replica, alloc::Kind::padded>(replicated->map.join());
-            });
+            Replica& replica = replicated->replicas.of(
+                here, [&]() -> Replica& { return *alloc::make<Replica, alloc::Kind::padded>(replicated->map.join()); });
             replica.uses.add();
             return replica.replica.lookup(address);
         }
