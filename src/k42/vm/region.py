@@ -77,9 +77,7 @@ class SharedRegion(Region):
         ) -> None:
             self.fcm = fcm
             self.tracked = tracked
-            self.region = _native.Region(
-                fcm.native(), hat.native(), start, pages, first_page, group, around, tracked
-            )
+            self.region = _native.Region(fcm.native(), hat.native(), start, pages, first_page, group, around, tracked)
             self.range = (first_page, first_page + pages)
 
     root: Root
