@@ -20,8 +20,7 @@ struct RegionMapValue {
     vm::RegionMap& map = *owned;
 };
 struct FramePoolValue {
-    FramePoolValue(uint64_t budget, bool distributed)
-        : owned(std::make_unique<vm::FramePool>(budget, distributed)) {}
+    FramePoolValue(uint64_t budget, bool distributed) : owned(std::make_unique<vm::FramePool>(budget, distributed)) {}
     std::unique_ptr<vm::FramePool> owned;
     vm::FramePool& pool = *owned;
 };

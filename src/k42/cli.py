@@ -167,6 +167,13 @@ def serve(
     all_cpus: Annotated[
         bool, typer.Option("--all-cpus", help="Serve every CPU, not only those that this process may use.")
     ] = False,
+    objects: Annotated[
+        str,
+        typer.Option(
+            metavar="VARIANT",
+            help="What objects are made of: shared or distributed; single ones otherwise: distributed,region=shared.",
+        ),
+    ] = "distributed",
     homing: Annotated[
         bool,
         typer.Option(
@@ -184,7 +191,12 @@ def serve(
 ) -> None:
     """Run the kernel process, which serves the page faults of its clients, until it is ended."""
     from k42.vm import kernel
+    from k42.vm.variants import Variants
 
+    try:
+        Variants.named(objects)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--objects") from None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     kernel.serve(
         socket=str(socket) if socket else None,
@@ -193,6 +205,7 @@ def serve(
         all_cpus=all_cpus,
         homing=homing,
         sticky=sticky,
+        objects=objects,
     )
 
 

@@ -9,8 +9,8 @@
 // - How parts are made and join: at the first use on a processor, empty. A part belongs to the processor, not to the
 //   thread; what a processor leaves in its stock is not lost, since others fetch it:
 // - How local and global operations synchronise: whoever finds too little in the root takes it from all the other
-//   parts' stocks. So a request fails only if there is not enough of it anywhere, and a quota of one is used to the full.
-//   Counting holds all locks at once: at every moment what is taken and what is in stock add up to what there is.
+//   parts' stocks. So a request fails only if there is not enough of it anywhere, and a quota of one is used to the
+//   full. Counting holds all locks at once: at every moment what is taken and what is in stock add up to what there is.
 // - How parts are organised: by the number of the processor. Order of locks: the root's, then parts by this number.
 //
 // The two forms are one class, because who changes from one to the other must move the stocks only.

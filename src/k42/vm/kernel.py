@@ -32,10 +32,11 @@ from k42.vm.fault import Fault
 from k42.vm.fcm import FileCacheManager, SharedFCM
 from k42.vm.fr import FileFR, FileRepresentative, ZeroFR
 from k42.vm.hat import Hat, UffdHat
-from k42.vm.pm import Backing, GlobalPageManager, PageManager, ProcessPM, SharedGlobalPM
-from k42.vm.process import Process, SharedProcess
+from k42.vm.pm import Backing, GlobalPageManager, PageManager, ProcessPM
+from k42.vm.process import Process
 from k42.vm.protocol import MAX_GROUP, PAGE, Message
-from k42.vm.region import Region, SharedRegion
+from k42.vm.region import Region
+from k42.vm.variants import Variants
 
 log = logging.getLogger("k42.kernel")
 
@@ -95,6 +96,7 @@ class Kernel:
         socket_path: where to listen.
         budget: bytes of memory for pages; resident pages never exceed it.
         linger: seconds without a client after which it ends; None: never.
+        variants: what to make its objects of.
         homing: move spans of a mapping to the CPUs of the threads that fault there.
         sticky: keep a thread on its CPU while it faults.
 
@@ -104,7 +106,14 @@ class Kernel:
     """
 
     def __init__(
-        self, socket_path: Path, budget: int, linger: float | None, *, homing: bool = True, sticky: bool = True
+        self,
+        socket_path: Path,
+        budget: int,
+        linger: float | None,
+        variants: Variants | None = None,
+        *,
+        homing: bool = True,
+        sticky: bool = True,
     ) -> None:
         if budget < PAGE:
             raise OutOfFrames(f"the budget must be at least one page of {PAGE} bytes, not {budget}")
@@ -112,7 +121,8 @@ class Kernel:
         self.linger = linger
         self.cpus = sorted(os.sched_getaffinity(0))
         self._path = socket_path
-        self._global_pm: GlobalPageManager = SharedGlobalPM.create(budget // PAGE)
+        self._variants = variants or Variants()
+        self._global_pm: GlobalPageManager = self._variants.global_pm.create(budget // PAGE)
         self._engine = _native.Engine(self.cpus, sticky, homing)
         # Twice what the budget fills: beyond it most page tables are of pages that have gone.
         self._most_spans = _FEW_SPANS + 2 * budget // _SPAN
@@ -256,12 +266,13 @@ class Kernel:
             return
         client_id = next(self._ids)
         pm: PageManager = ProcessPM.create(self._global_pm)
-        process = SharedProcess.create(pm)
+        process: Process = self._variants.process.create(pm)
         try:
             hat = UffdHat.create(client_id, process.region_map(), len(self.cpus), self._most_spans)
         except OSError as failure:
             log.warning("no room for process %d: %s", pid, failure)
             connection.close()
+            pm.close()
             for object_ in (process, pm):
                 k42.destroy(object_)
             return
@@ -383,7 +394,7 @@ class Kernel:
         else:
             fcm, reserved = self._make_anonymous(size, group, overcommit=bool(message["overcommit"]))
         try:
-            region = SharedRegion.create(fcm, client.hat, base, size // PAGE, first, group)
+            region = self._variants.region.create(fcm, client.hat, base, size // PAGE, first, group)
         except BaseException:
             self._let_go(fcm, file, reserved)
             raise
@@ -567,6 +578,7 @@ class Kernel:
         client.regions.clear()
         for mapped in regions:
             self._destroy(client, mapped)
+        client.pm.close()
         for object_ in (client.process, client.pm, client.hat):
             k42.destroy(object_)
         self._idle_since = time.monotonic()
@@ -605,6 +617,7 @@ def serve(
     linger: float | None = None,
     *,
     all_cpus: bool = False,
+    objects: str = "distributed",
     homing: bool = True,
     sticky: bool = True,
 ) -> None:
@@ -615,13 +628,16 @@ def serve(
         budget: bytes of memory for pages; None: a quarter of the machine's.
         linger: seconds without a client after which to end; None: never.
         all_cpus: serve every CPU of the machine, not only those that this process was started on.
+        objects: what to make its objects of; see `Variants.named`.
         homing: move spans of 2 MiB of a mapping to the CPUs of the threads that fault there.
         sticky: keep a thread on its CPU while it faults.
 
     Raises:
+        ValueError: there are no such objects.
         KernelUnavailable: another kernel listens there already.
         OutOfFrames: the budget is below one page.
     """
+    variants = Variants.named(objects)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two descriptors a file, one a client and CPU
@@ -632,7 +648,8 @@ def serve(
     # Between the making of the socket and the handlers a signal would leave it behind: it waits.
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
     try:
-        kernel = Kernel(path, default_budget() if budget is None else budget, linger, homing=homing, sticky=sticky)
+        budget = default_budget() if budget is None else budget
+        kernel = Kernel(path, budget, linger, variants, homing=homing, sticky=sticky)
 
         def on_signal(number: int, _: object) -> None:
             log.info("%s: ending", signal.Signals(number).name)

@@ -68,6 +68,7 @@ def launch(
     linger: float | None = None,
     *,
     all_cpus: bool = False,
+    objects: str | None = None,
     homing: bool = True,
     sticky: bool = True,
 ) -> KernelProcess:
@@ -78,6 +79,7 @@ def launch(
         budget: bytes of memory for pages; None: a quarter of the machine's.
         linger: seconds without a client after which it ends by itself; None: never.
         all_cpus: serve every CPU of the machine, not only those that this thread may use.
+        objects: what to make its objects of, as ``k42 serve --objects`` has it; None: its default.
         homing: move spans of a mapping to the CPUs of the threads that fault there.
         sticky: keep a thread on its CPU while it faults.
 
@@ -93,6 +95,8 @@ def launch(
         command += ["--linger", str(linger)]
     if all_cpus:
         command += ["--all-cpus"]
+    if objects is not None:
+        command += ["--objects", objects]
     if not homing:
         command += ["--no-homing"]
     if not sticky:
