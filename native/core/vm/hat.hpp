@@ -26,7 +26,7 @@ namespace k42::vm {
 
 // A range of a client's addresses that shows a region; the first one made for a region has the region's own (canonical)
 // addresses.
-struct Window {
+struct alignas(runtime::apart) Window {
     Window(int cpu_, uint64_t base_, uint64_t length_, uint64_t canonical_, bool follows)
         : cpu(cpu_),
           base(base_),
