@@ -481,7 +481,8 @@ class Kernel:
                 self._forget(client, base, size)
                 if not client.process.attach_region(base, region):
                     raise ProtocolError("the addresses overlap another mapping")
-            self._add_window(client, mapped, index, base, follows=True)
+            # Private copies are in the window alone: it is never mapped anew.
+            self._add_window(client, mapped, index, base, follows=message.get("mode") != "c")
             fcm.native().attach(region.native())
             sent = self._descriptor(fcm, writable=writer or cached.key is None)
         except BaseException:
