@@ -4,7 +4,6 @@
 #include <pthread.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -27,8 +26,9 @@ uint64_t now_ns() {
 
 }  // namespace
 
-Engine::Engine(std::vector<int> cpus, bool stick) : cpus_(std::move(cpus)), stick_(stick) {
-    for (int cpu : cpus_) servers_.push_back(std::make_unique<Server>(cpu));
+Engine::Engine(std::vector<int> cpus, bool sticky, bool homing)
+    : cpus_(std::move(cpus)), sticky_(sticky), homing_(homing), placement_(cpus_) {
+    for (size_t i = 0; i < cpus_.size(); ++i) servers_.push_back(std::make_unique<Server>(placement_, int(i)));
 }
 
 Engine::~Engine() { stop(); }
@@ -68,11 +68,13 @@ void Engine::stop() {
         server->queue.clear();
         server->queue_filled.notify_all();
     }
+    placement_.release_all();
 }
 
-bool Engine::add(UffdHat* hat, int cpu, pid_t pid) {
+bool Engine::add(UffdHat* hat, int cpu, pid_t pid, bool sticky, bool homing) {
     Server& server = *servers_[cpu];
-    auto client = std::make_unique<Client>(Client{hat, pid, hat->descriptor(cpu)});
+    auto client =
+        std::make_unique<Client>(Client{hat, pid, hat->descriptor(cpu), sticky && sticky_, homing && homing_});
     epoll_event event{};
     event.events = EPOLLIN;
     event.data.ptr = client.get();
@@ -117,7 +119,7 @@ void Engine::serve(int cpu) {
     bool watching = false;  // some threads may have to get their masks back
     while (!stopping_.load(std::memory_order_relaxed)) {
         const int ready = epoll_wait(server.epoll, events, kBatch, watching ? 1 : -1);
-        const uint64_t now = stick_ ? now_ns() : 0;
+        const uint64_t now = now_ns();
         for (int i = 0; i < ready; ++i) {
             if (!events[i].data.ptr) continue;
             std::lock_guard guard(server.clients_lock);
@@ -126,42 +128,52 @@ void Engine::serve(int cpu) {
                                       [&](const auto& c) { return c.get() == events[i].data.ptr; });
             if (found != server.clients.end()) read_faults(cpu, server, **found, now);
         }
-        if (stick_ && (watching || ready > 0)) {
+        if (watching || ready > 0) {
             watching = server.affinity.release_idle(now);
             server.kept.store(server.affinity.kept(), std::memory_order_relaxed);
         }
     }
-    server.affinity.release_all();
 }
 
 void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) {
     uffd_msg messages[kBatch];
-    // The client can make its descriptor, and so ours, a blocking one at any time: ask not to wait at each read.
-    iovec whole{messages, sizeof messages};
-    ssize_t size = preadv2(client.uffd, &whole, 1, -1, RWF_NOWAIT);
-    if (size < 0 && errno == EOPNOTSUPP) size = read(client.uffd, messages, sizeof messages);  // before Linux 6.10
-    if (size <= 0) {
+    const ssize_t count = read_messages(client.uffd, messages, kBatch);
+    if (count <= 0) {
         // EAGAIN: the fault went away (a signal, or another's CONTINUE). Anything else: the client is gone; stop
         // polling it, its connection's end removes it.
-        if (size == 0 || (errno != EAGAIN && errno != EINTR)) {
+        if (count == 0 || (errno != EAGAIN && errno != EINTR)) {
             epoll_ctl(server.epoll, EPOLL_CTL_DEL, client.uffd, nullptr);
         }
         return;
     }
     runtime::Processor& processor = runtime::current();
     runtime::enter(processor);
-    uint64_t finished = 0;
-    const auto count = uint64_t(size) / sizeof(uffd_msg);
-    for (uint64_t i = 0; i < count; ++i) {
+    uint64_t faults = 0, finished = 0, local = 0, remote = 0, rehomed = 0;
+    for (ssize_t i = 0; i < count; ++i) {
         if (messages[i].event == UFFD_EVENT_FORK)
             close(int(messages[i].arg.fork.ufd));  // asked for by no client of ours
         if (messages[i].event != UFFD_EVENT_PAGEFAULT) continue;
+        ++faults;
         const auto& fault = messages[i].arg.pagefault;
-        if (stick_) server.affinity.fault(client.pid, pid_t(fault.feat.ptid), now);
+        const uint64_t address = fault.address & ~(kPageSize - 1);
+        const Window* const window = client.hat->window(cpu, address);
+        const bool follows = client.homing && window && window->spans;
+        int place = -1;
+        if (client.sticky || client.homing) {
+            const Hold hold = !client.sticky ? Hold::nowhere : follows ? Hold::anywhere : Hold::here;
+            place = server.affinity.fault(client.pid, pid_t(fault.feat.ptid), hold, now);
+        }
+        local += place == cpu;
+        remote += place >= 0 && place != cpu;
         const bool guarded = fault.flags & UFFD_PAGEFAULT_FLAG_WP;
         const bool write = guarded || (fault.flags & UFFD_PAGEFAULT_FLAG_WRITE);
-        const FaultAt at{client.hat, cpu, fault.address & ~(kPageSize - 1), write, guarded};
-        if (handle(at)) {
+        const FaultAt at{client.hat, cpu, address, write, guarded};
+        const bool done = handle(at);
+        if (window) {
+            // The thread goes on meanwhile: it faults again if its span moves under it.
+            rehomed += client.hat->follow(*window, cpu, at.address, client.homing ? place : -1, now);
+        }
+        if (done) {
             ++finished;
             continue;
         }
@@ -174,9 +186,12 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
     auto add = [](std::atomic<uint64_t>& counter, uint64_t n) {
         counter.store(counter.load(std::memory_order_relaxed) + n, std::memory_order_relaxed);
     };
-    add(server.faults, count);
+    add(server.faults, faults);
     add(server.finished, finished);
-    add(server.handed_up, count - finished);
+    add(server.handed_up, faults - finished);
+    add(server.local, local);
+    add(server.remote, remote);
+    add(server.rehomed, rehomed);
     // Server threads call no Clustered Object, so no deferred destruction waits for them.
     (void)runtime::leave(processor);
 }
@@ -232,6 +247,9 @@ Engine::Counts Engine::counts() const {
         total.finished += server->finished.load(std::memory_order_relaxed);
         total.handed_up += server->handed_up.load(std::memory_order_relaxed);
         total.kept += server->kept.load(std::memory_order_relaxed);
+        total.local += server->local.load(std::memory_order_relaxed);
+        total.remote += server->remote.load(std::memory_order_relaxed);
+        total.rehomed += server->rehomed.load(std::memory_order_relaxed);
     }
     return total;
 }

@@ -18,8 +18,6 @@ namespace {
 // How many pages a file may grow by while it is cached: its journal's addresses are set aside at the start.
 constexpr uint64_t kGrowth = 1 << 26;
 
-constexpr uint32_t cpu_bit(int cpu) { return 1u << (uint32_t(cpu) % 32); }
-
 }  // namespace
 
 // A fault that waits for the end of a page's I/O.
@@ -71,6 +69,7 @@ static Outcome settle(const FaultAt& fault, int error) {
         case ENOENT:
         case ESRCH:
         case EINVAL:
+        case EAGAIN:
             fault.hat->wake(fault.cpu, fault.address, kPageSize);
             return Outcome::mapped;
         case EFAULT:
@@ -106,6 +105,13 @@ void FileCache::make_dirty(Page* page, int cpu) {
     write_journal(page->index, journaled(page->index) | kValid | kDirty);
     page->set(Page::kDirty);
     cpu_counts_[cpu].dirtied.fetch_add(1, std::memory_order_relaxed);
+}
+
+// The CPUs on which any of these pages was mapped since it became resident.
+static uint32_t used_by(Page* const* pages, uint32_t count) {
+    uint32_t used = 0;
+    for (uint32_t i = 0; i < count; ++i) used |= pages[i]->used.load(std::memory_order_relaxed);
+    return used;
 }
 
 void FileCache::note_use(const FaultAt& fault, Page** pages, uint32_t count) const {
@@ -403,7 +409,8 @@ void FileCache::look_at(const std::vector<Replacement::Candidate>& candidates, s
             result.given += evict;
         }
         if (probe) {
-            each_region([&](Region& region) { region.hat->soft_unmap(region, first + to - probe, probe); });
+            const uint32_t used = used_by(pages + to - probe, probe);
+            each_region([&](Region& region) { region.hat->soft_unmap(region, first + to - probe, probe, used); });
             probed_.fetch_add(probe, std::memory_order_relaxed);
         }
         evict = probe = 0;
@@ -496,9 +503,10 @@ FileCache::Writing FileCache::begin_write_locked(Run within, Page** pages) {
     const Run run{within.first + from, i - from};
     // No write may pass from here on that does not make its page dirty again.
     table_->recall(pages + from, run.count);
+    const uint32_t used = used_by(pages + from, run.count);
     bool safe = true;
     each_region([&](Region& region) {
-        if (region.tracked) safe = region.hat->protect(region, run.first, run.count) && safe;
+        if (region.tracked) safe = region.hat->protect(region, run.first, run.count, used) && safe;
     });
     if (!safe) {
         writing.busy += run.count;

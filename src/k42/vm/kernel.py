@@ -44,6 +44,8 @@ _WORKERS_PER_CPU = 2  # one may wait for frames that the other frees
 _UNUSED_FILES = 256  # file caches kept, without any mapping, for the next who opens the file
 _MAX_LISTED = 64  # file caches whose counts `stat` gives
 _MAX_NAME = 100  # characters, each up to 6 bytes in JSON
+_SPAN = 2 << 20  # bytes: what one page of a page table maps
+_FEW_SPANS = 1024  # a client may always have page tables for so many
 _MAX_ANONYMOUS = 1 << 46  # bytes: what fits a user's address space
 
 
@@ -81,6 +83,8 @@ class _Client:
     process: Process
     hat: Hat
     greeted: bool = False
+    homing: bool = True
+    sticky: bool = True
     cpus: set[int] = field(default_factory=set)  # indices of the CPUs whose userfaultfd it has handed over
     regions: dict[int, _Mapped] = field(default_factory=dict)
 
@@ -93,13 +97,24 @@ class Kernel:
         budget: bytes of memory for pages; resident pages never exceed it.
         linger: seconds without a client after which it ends; None: never.
         variants: what to make its objects of.
+        homing: move spans of a mapping to the CPUs of the threads that fault there.
+        sticky: keep a thread on its CPU while it faults.
 
     Raises:
         KernelUnavailable: another kernel listens there already.
         OutOfFrames: the budget is below one page.
     """
 
-    def __init__(self, socket_path: Path, budget: int, linger: float | None, variants: Variants | None = None) -> None:
+    def __init__(
+        self,
+        socket_path: Path,
+        budget: int,
+        linger: float | None,
+        variants: Variants | None = None,
+        *,
+        homing: bool = True,
+        sticky: bool = True,
+    ) -> None:
         if budget < PAGE:
             raise OutOfFrames(f"the budget must be at least one page of {PAGE} bytes, not {budget}")
         self.budget = budget
@@ -108,7 +123,9 @@ class Kernel:
         self._path = socket_path
         self._variants = variants or Variants()
         self._global_pm: GlobalPageManager = self._variants.global_pm.create(budget // PAGE)
-        self._engine = _native.Engine(self.cpus, True)
+        self._engine = _native.Engine(self.cpus, sticky, homing)
+        # Twice what the budget fills: beyond it most page tables are of pages that have gone.
+        self._most_spans = _FEW_SPANS + 2 * budget // _SPAN
         self._clients: dict[int, _Client] = {}  # by id; written by the main thread, read by workers
         self._files: dict[tuple[int, int], _OpenFile] = {}
         self._unused: collections.OrderedDict[tuple[int, int], None] = collections.OrderedDict()
@@ -251,7 +268,7 @@ class Kernel:
         pm: PageManager = ProcessPM.create(self._global_pm)
         process: Process = self._variants.process.create(pm)
         try:
-            hat = UffdHat.create(client_id, process.region_map(), len(self.cpus))
+            hat = UffdHat.create(client_id, process.region_map(), len(self.cpus), self._most_spans)
         except OSError as failure:
             log.warning("no room for process %d: %s", pid, failure)
             connection.close()
@@ -326,10 +343,12 @@ class Kernel:
                 f"client {message['version']}: end that kernel, or connect to another socket"
             )
         client.greeted = True
+        client.homing = bool(message.get("homing", True))
+        client.sticky = bool(message.get("sticky", True))
         native = client.hat.native()
         assert isinstance(native, _native.UffdHat)
         reply = {"ok": True, "pid": os.getpid(), "cpus": self.cpus, "budget": self.budget}
-        return reply, [os.dup(native.status_descriptor())]
+        return reply, [os.dup(native.status_descriptor()), os.dup(native.commands_descriptor())]
 
     def _take_uffd(self, client: _Client, message: Message, descriptors: list[int]) -> tuple[Message, list[int]]:
         index = self._cpu(message)
@@ -345,7 +364,7 @@ class Kernel:
             raise ProtocolError("this CPU has a userfaultfd already")
         descriptors.clear()  # the HAT's now
         client.cpus.add(index)
-        self._engine.add(native, index, client.pid)
+        self._engine.add(native, index, client.pid, client.sticky, client.homing)
         return {"ok": True}, []
 
     def _cpu(self, message: Message) -> int:
@@ -385,7 +404,7 @@ class Kernel:
                 self._forget(client, base, size)
                 if not client.process.attach_region(base, region):
                     raise ProtocolError("the addresses overlap another mapping")
-            self._add_window(client, mapped, index, base)
+            self._add_window(client, mapped, index, base, follows=True)
             fcm.native().attach(region.native())
             sent = self._descriptor(fcm, writable=file is None)
         except BaseException:
@@ -496,13 +515,13 @@ class Kernel:
             raise ProtocolError("this CPU has no userfaultfd, or the window is there already")
         if base % PAGE or (base < mapped.start + mapped.size and mapped.start < base + mapped.size):
             raise ProtocolError("a window is whole pages, and beside the region's own addresses")
-        self._add_window(client, mapped, index, base)
+        self._add_window(client, mapped, index, base, follows=False)
         return {"ok": True}, []
 
-    def _add_window(self, client: _Client, mapped: _Mapped, index: int, base: int) -> None:
-        if not client.hat.add_window(index, base, mapped.size, mapped.start):
+    def _add_window(self, client: _Client, mapped: _Mapped, index: int, base: int, *, follows: bool) -> None:
+        if not client.hat.add_window(index, base, mapped.size, mapped.start, follows=follows):
             self._forget(client, base, mapped.size)
-            if not client.hat.add_window(index, base, mapped.size, mapped.start):
+            if not client.hat.add_window(index, base, mapped.size, mapped.start, follows=follows):
                 raise ProtocolError("the window overlaps another")
         mapped.windows[base] = index
 
@@ -513,7 +532,8 @@ class Kernel:
         """
         for start, mapped in list(client.regions.items()):
             for window in [window for window in mapped.windows if window < base + size and base < window + mapped.size]:
-                client.hat.remove_window(mapped.windows.pop(window), window, mapped.size)
+                del mapped.windows[window]
+                client.hat.remove_window(window, mapped.size)
             if not mapped.windows or (start < base + size and base < start + mapped.size):
                 del client.regions[start]
                 self._destroy(client, mapped)
@@ -523,7 +543,8 @@ class Kernel:
         mapped = client.regions.get(start)
         if mapped is None or base not in mapped.windows:
             return {"ok": True}, []  # of a request that the client did not see answered
-        client.hat.remove_window(mapped.windows.pop(base), base, mapped.size)
+        del mapped.windows[base]
+        client.hat.remove_window(base, mapped.size)
         if not mapped.windows:
             del client.regions[start]
             self._destroy(client, mapped)
@@ -538,8 +559,8 @@ class Kernel:
     def _destroy(self, client: _Client, mapped: _Mapped) -> None:
         """Ends a region: no fault is inside, none can come, then all that it had goes."""
         mapped.region.shutdown()
-        for base, index in mapped.windows.items():
-            client.hat.remove_window(index, base, mapped.size)
+        for base in mapped.windows:
+            client.hat.remove_window(base, mapped.size)
         client.process.detach_region(mapped.start)
         self._engine.synchronize()
         mapped.fcm.native().detach(mapped.region.native())
@@ -597,6 +618,8 @@ def serve(
     *,
     all_cpus: bool = False,
     objects: str = "distributed",
+    homing: bool = True,
+    sticky: bool = True,
 ) -> None:
     """Runs a kernel in this process until SIGINT, SIGTERM, or the end of `linger`.
 
@@ -606,6 +629,8 @@ def serve(
         linger: seconds without a client after which to end; None: never.
         all_cpus: serve every CPU of the machine, not only those that this process was started on.
         objects: what to make its objects of; see `Variants.named`.
+        homing: move spans of 2 MiB of a mapping to the CPUs of the threads that fault there.
+        sticky: keep a thread on its CPU while it faults.
 
     Raises:
         ValueError: there are no such objects.
@@ -623,7 +648,8 @@ def serve(
     # Between the making of the socket and the handlers a signal would leave it behind: it waits.
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
     try:
-        kernel = Kernel(path, default_budget() if budget is None else budget, linger, variants)
+        budget = default_budget() if budget is None else budget
+        kernel = Kernel(path, budget, linger, variants, homing=homing, sticky=sticky)
 
         def on_signal(number: int, _: object) -> None:
             log.info("%s: ending", signal.Signals(number).name)
