@@ -8,6 +8,7 @@
 #include "vm/engine.hpp"
 #include "vm/file_cache.hpp"
 #include "vm/frame_pool.hpp"
+#include "vm/guard.hpp"
 #include "vm/hat.hpp"
 #include "vm/region.hpp"
 
@@ -60,5 +61,9 @@ int add_hat(PyObject* module);
 int add_region(PyObject* module);
 int add_engine(PyObject* module);
 int add_window(PyObject* module);
+int add_access(PyObject* module);
+
+// What the SIGBUS handler knows of a Window; nullptr with an exception set unless it is one that was shown.
+const vm::WindowRecord* window_record(PyObject* window);
 
 }  // namespace k42::edge

@@ -20,6 +20,7 @@ struct GuardValue {
 };
 using SelfGuard = Holder<GuardValue>;
 PyTypeObject* guard_type;
+PyTypeObject* window_type;
 
 PyObject* make_guard(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     int socket, grace_ms;
@@ -64,26 +65,56 @@ struct WindowValue {
     }
 
     static constexpr uint64_t kShown = 1;
-    static constexpr uint64_t kExport = 2;
+    static constexpr uint64_t kBusy = 2;  // for the few instructions of an exchange
+    static constexpr uint64_t kExport = 4;
 
-    bool shown() const { return use.load(std::memory_order_acquire) & kShown; }
+    bool shown() const { return settled() & kShown; }
+    uint64_t settled() const {
+        for (;;) {
+            const uint64_t seen = use.load(std::memory_order_acquire);
+            if (!(seen & kBusy)) return seen;
+            sched_yield();
+        }
+    }
     uint64_t exports() const { return use.load(std::memory_order_relaxed) / kExport; }
     bool try_export() {
-        uint64_t seen = use.load(std::memory_order_relaxed);
-        do {
+        for (;;) {
+            uint64_t seen = settled();
             if (!(seen & kShown)) return false;
-        } while (!use.compare_exchange_weak(seen, seen + kExport, std::memory_order_acquire));
-        return true;
+            if (use.compare_exchange_weak(seen, seen + kExport, std::memory_order_acquire)) return true;
+        }
     }
 
     // The addresses lead nowhere, but stay this object's. False, and nothing changed, while buffers are exported.
     bool try_hide() {
-        uint64_t seen = kShown;
-        if (!use.compare_exchange_strong(seen, 0, std::memory_order_acq_rel)) return (seen & kShown) == 0;
+        for (uint64_t seen = kShown; !use.compare_exchange_strong(seen, 0, std::memory_order_acq_rel); seen = kShown) {
+            if (!(settled() & kShown)) return true;
+            if (exports()) return false;
+        }
         if (pid != getpid()) return true;  // a forked child never had the range
         vm::unlist_window(record);
         SelfGuard::of(guard.get()).guard.remove_range(base);
         lead_nowhere();
+        return true;
+    }
+    // False, and nothing changed, while buffers of either are exported.
+    bool try_exchange(WindowValue& other) {
+        uint64_t seen = kShown;
+        if (!use.compare_exchange_strong(seen, kBusy, std::memory_order_acq_rel)) return false;
+        seen = kShown;
+        if (!other.use.compare_exchange_strong(seen, kBusy, std::memory_order_acq_rel)) {
+            use.store(kShown, std::memory_order_release);
+            return false;
+        }
+        other.base = base.exchange(other.base);
+        std::swap(size, other.size);
+        std::swap(writable, other.writable);
+        std::swap(delta, other.delta);
+        std::swap(length, other.length);
+        std::swap(guard, other.guard);
+        std::swap(record, other.record);
+        other.use.store(kShown, std::memory_order_release);
+        use.store(kShown, std::memory_order_release);
         return true;
     }
     void lead_nowhere() {
@@ -96,12 +127,12 @@ struct WindowValue {
     }
 
     std::atomic<uint64_t> base;  // 0 once freed
-    const uint64_t size;
+    uint64_t size;
     const pid_t pid;
     // Whether it is shown, and kExport for each exported buffer, in one word: of a thread that hides the window and
     // one that exports a buffer of it, exactly one succeeds.
     std::atomic<uint64_t> use{0};
-    // Written by show() alone, before kShown is set.
+    // Written before kShown is set, by show() and by an exchange.
     bool writable = false;
     uint64_t delta = 0;   // of the first byte shown to Python, from base
     uint64_t length = 0;  // bytes shown to Python
@@ -172,6 +203,19 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 PyObject* hide(PyObject* self, PyObject*) {
     if (!window_of(self).try_hide()) {
         PyErr_SetString(PyExc_BufferError, "cannot close: an array or memoryview uses the memory of the mapping");
+        return nullptr;
+    }
+    Py_RETURN_NONE;
+}
+
+// Two shown windows change places, at once for whoever takes a buffer: for resizing.
+PyObject* exchange(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    PyObject* with = nullptr;
+    if (!unpack("exchange", args, nargs, with)) return nullptr;
+    WindowValue* other = checked<WindowValue>(with, window_type);
+    if (!other) return nullptr;
+    if (!window_of(self).try_exchange(*other)) {
+        PyErr_SetString(PyExc_BufferError, "cannot resize: an array or memoryview uses the memory of the mapping");
         return nullptr;
     }
     Py_RETURN_NONE;
@@ -251,6 +295,8 @@ PyMethodDef methods[] = {
     {"show", fast(show), METH_FASTCALL,
      "show(memfd, offset, writable, delta, length, uffd, guard, name, status): map the file cache here."},
     {"hide", hide, METH_NOARGS, "Unmap; the addresses stay reserved. BufferError while buffers are exported."},
+    {"exchange", fast(exchange), METH_FASTCALL,
+     "exchange(window): change places with it. BufferError while buffers of either are exported."},
     {"free", free_window, METH_NOARGS, "Give the addresses back."},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -294,8 +340,17 @@ PyType_Spec spec = {"k42._native.Window", sizeof(Self), 0,
 
 int add_window(PyObject* module) {
     guard_type = add_type(module, &guard_spec);
-    if (!guard_type || !add_type(module, &spec)) return -1;
+    window_type = add_type(module, &spec);
+    if (!guard_type || !window_type) return -1;
     return PyModule_AddFunctions(module, functions);
+}
+
+const vm::WindowRecord* window_record(PyObject* window) {
+    WindowValue* value = checked<WindowValue>(window, window_type);
+    if (!value) return nullptr;
+    // Whether it is still shown is seen when its buffer is taken.
+    if (!value->record) PyErr_SetString(PyExc_ValueError, "mapping closed");
+    return value->record;
 }
 
 }  // namespace k42::edge
