@@ -271,7 +271,9 @@ class Kernel:
                 try:
                     reply, sent = self._answer(client, message, descriptors)
                 except OSError as error:  # of a file or a descriptor of ours, not of the connection
-                    reply = protocol.to_reply(error if isinstance(error, k42.Error) else StoreError(*error.args))
+                    reply = protocol.to_reply(
+                        error if isinstance(error, k42.Error) else StoreError.of(error, str(error.filename or ""))
+                    )
             except (k42.Error, ValueError) as error:
                 reply = protocol.to_reply(error)
             except (KeyError, TypeError, OverflowError) as error:

@@ -24,7 +24,7 @@ MAX_GROUP = 512
 """The largest page size of a region, in pages of 4 KiB."""
 MAX_MESSAGE = 65536
 MAX_DESCRIPTORS = 4
-_MAX_REASON = 5000  # characters, each up to 12 bytes in JSON: an error quotes what it was given, which may be long
+_MAX_REASON = 2500  # characters, each up to 12 bytes in JSON: an error quotes what it was given, which may be long
 
 Message = dict[str, Any]
 
@@ -47,11 +47,18 @@ _ERRORS: dict[str, type[Exception]] = {
 def to_error(message: Message) -> Exception:
     """The exception that an error reply stands for."""
     kind = _ERRORS.get(str(message.get("error")), ProtocolError)
-    return kind(str(message.get("message", "no reason given")))
+    reason = str(message.get("message", "no reason given"))
+    if kind is not StoreError:
+        return kind(reason)
+    offset, number = (value if type(value := message.get(key)) is int else None for key in ("offset", "errno"))
+    return StoreError(reason, url=str(message.get("url", "")), offset=offset, errno=number)
 
 
 def to_reply(error: Exception) -> Message:
     """The error reply for an exception; `ProtocolError` for one that has no kind of its own."""
+    if isinstance(error, StoreError):
+        place = {"url": error.url[:_MAX_REASON], "offset": error.offset, "errno": error.errno}
+        return {"error": "store", "message": error.reason[:_MAX_REASON], **place}
     for kind, type_ in _ERRORS.items():
         if isinstance(error, type_):
             return {"error": kind, "message": str(error)[:_MAX_REASON]}
