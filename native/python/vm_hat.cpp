@@ -29,8 +29,11 @@ PyObject* make_uffd(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     if (!unpack_hat("UffdHat", args, kwargs, id, regions, cpus)) return nullptr;
     auto status = vm::StatusPage::create();
     if (!status) return PyErr_SetFromErrno(PyExc_OSError);
+    auto commands = vm::CommandRing::create();
+    if (!commands) return PyErr_SetFromErrno(PyExc_OSError);
     auto* map = &Holder<RegionMapValue>::of(regions).map;
-    return Self::make(type, Ref::borrow(regions), new vm::UffdHat(id, map, int(cpus), std::move(status)));
+    return Self::make(type, Ref::borrow(regions),
+                      new vm::UffdHat(id, map, int(cpus), std::move(status), std::move(commands)));
 }
 
 PyObject* make_soft(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
@@ -108,6 +111,10 @@ PyObject* status_descriptor(PyObject* self, PyObject*) {
     return PyLong_FromLong(static_cast<vm::UffdHat&>(hat_of(self)).status().descriptor());
 }
 
+PyObject* commands_descriptor(PyObject* self, PyObject*) {
+    return PyLong_FromLong(static_cast<vm::UffdHat&>(hat_of(self)).commands().descriptor());
+}
+
 // SoftHat's record of what was done to it.
 PyObject* record(PyObject* self, PyObject*) {
     auto& hat = static_cast<vm::SoftHat&>(hat_of(self));
@@ -140,6 +147,7 @@ PyMethodDef uffd_methods[] = {
     {"attach_uffd", fast(attach_uffd), METH_FASTCALL,
      "attach_uffd(cpu, descriptor): takes the descriptor over; False when the CPU has one."},
     {"status_descriptor", status_descriptor, METH_NOARGS, "The memfd in which the client reads why an access failed."},
+    {"commands_descriptor", commands_descriptor, METH_NOARGS, "The memfd in which the client's agent reads commands."},
     {nullptr, nullptr, 0, nullptr},
 };
 PyMethodDef soft_methods[] = {

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <system_error>
 
 #include "vm.hpp"
 #include "vm/guard.hpp"
@@ -37,9 +38,22 @@ void dealloc_guard(PyObject* self) {
 }
 
 PyObject* guard_watch(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint32_t cpu;
     int uffd;
-    if (!unpack("watch", args, nargs, uffd)) return nullptr;
-    SelfGuard::of(self).guard.watch(uffd);
+    if (!unpack("watch", args, nargs, cpu, uffd)) return nullptr;
+    SelfGuard::of(self).guard.watch(cpu, uffd);
+    Py_RETURN_NONE;
+}
+
+PyObject* guard_obey(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    int memfd;
+    if (!unpack("obey", args, nargs, memfd)) return nullptr;
+    try {
+        SelfGuard::of(self).guard.obey(memfd);
+    } catch (const std::system_error& error) {
+        errno = error.code().value();
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
     Py_RETURN_NONE;
 }
 
@@ -155,6 +169,14 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     return Self::make(type, reinterpret_cast<uint64_t>(base), size);
 }
 
+void dealloc(PyObject* self) {
+    {
+        Detached detached;  // hiding can wait for the kernel
+        window_of(self).try_hide();
+    }
+    Self::dealloc(self);
+}
+
 PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     int memfd, uffd;
     uint64_t offset, delta, length, status;
@@ -189,7 +211,7 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
         errno = error;
         return PyErr_SetFromErrno(PyExc_OSError);
     }
-    watcher->guard.add_range(window.base, window.size);
+    watcher->guard.add_range({window.base, window.size, memfd, offset, writable, false});
     window.guard = Ref::borrow(guard);
     window.record = vm::list_window(window.base, window.size, offset, name, reinterpret_cast<const void*>(status),
                                     watcher->guard.abandoned());
@@ -201,7 +223,12 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 }
 
 PyObject* hide(PyObject* self, PyObject*) {
-    if (!window_of(self).try_hide()) {
+    bool hidden;
+    {
+        Detached detached;
+        hidden = window_of(self).try_hide();
+    }
+    if (!hidden) {
         PyErr_SetString(PyExc_BufferError, "cannot close: an array or memoryview uses the memory of the mapping");
         return nullptr;
     }
@@ -286,7 +313,8 @@ PyObject* map_status(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
 
 PyMethodDef guard_methods[] = {
     {"watch", fast(guard_watch), METH_FASTCALL,
-     "watch(uffd): takes it over; its faults, too, when the kernel is given up."},
+     "watch(cpu, uffd): takes it over; its faults, too, when the kernel is given up."},
+    {"obey", fast(guard_obey), METH_FASTCALL, "obey(memfd): execute the kernel's commands in a thread; once."},
     {"forget", guard_forget, METH_NOARGS, "In a forked child: close its copies of the userfaultfds."},
     {"stop", guard_stop, METH_NOARGS, "End the watching thread."},
     {nullptr, nullptr, 0, nullptr},
@@ -321,7 +349,7 @@ PyType_Slot guard_slots[] = {
 };
 PyType_Slot slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(make)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(Self::dealloc)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(dealloc)},
     {Py_tp_methods, methods},
     {Py_tp_getset, properties},
     {Py_bf_getbuffer, reinterpret_cast<void*>(get_buffer)},

@@ -614,7 +614,7 @@ struct RealWorld : World {
         : World(budget, pages_, fill, backing),
           cpus(machine_cpus()),
           pages(pages_),
-          hat(new UffdHat(1, &regions, int(cpus.size()), StatusPage::create())),
+          hat(new UffdHat(1, &regions, int(cpus.size()), StatusPage::create(), CommandRing::create())),
           engine(cpus, stick) {
         for (size_t cpu = 0; cpu < cpus.size(); ++cpu) {
             void* window = mmap(nullptr, length(), PROT_READ | PROT_WRITE, MAP_SHARED, memory.fd(), 0);
@@ -864,7 +864,7 @@ void real_unmap() {
         FramePool pool(256);
         Memory memory(256);
         const std::vector<int> cpus = machine_cpus();
-        auto* hat = new UffdHat(1, &regions, int(cpus.size()), StatusPage::create());
+        auto* hat = new UffdHat(1, &regions, int(cpus.size()), StatusPage::create(), CommandRing::create());
         Engine engine(cpus, true);
         engine.start();
         auto cache = std::make_unique<FileCache>(&pool, memory.another_fd(), 256, Fill::zero, Backing::overcommitted);
@@ -943,7 +943,7 @@ void real_stale_hand_up() {
     World now(16, kPages, Fill::store, Backing::file);
     Random random(seed());
     const std::vector<int> cpus = machine_cpus();
-    auto* hat = new UffdHat(1, &old.regions, int(cpus.size()), StatusPage::create());
+    auto* hat = new UffdHat(1, &old.regions, int(cpus.size()), StatusPage::create(), CommandRing::create());
     const int uffd = open_userfaultfd(false);
     CHECK(uffd >= 0 && hat->attach(0, uffd));
     // The region's addresses are those of a window elsewhere.
@@ -1022,7 +1022,7 @@ void real_engine_stop() {
     for (int round = 0; round < 60; ++round) {
         RegionMap regions;
         const std::vector<int> cpus = machine_cpus();
-        auto* hat = new UffdHat(1, &regions, int(cpus.size()), StatusPage::create());
+        auto* hat = new UffdHat(1, &regions, int(cpus.size()), StatusPage::create(), CommandRing::create());
         for (size_t cpu = 0; cpu < cpus.size(); ++cpu) CHECK(hat->attach(int(cpu), open_userfaultfd(false)));
         {
             Engine engine(cpus, true);

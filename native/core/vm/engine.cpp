@@ -4,7 +4,6 @@
 #include <pthread.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -136,26 +135,23 @@ void Engine::serve(int cpu) {
 
 void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) {
     uffd_msg messages[kBatch];
-    // The client can make its descriptor, and so ours, a blocking one at any time: ask not to wait at each read.
-    iovec whole{messages, sizeof messages};
-    ssize_t size = preadv2(client.uffd, &whole, 1, -1, RWF_NOWAIT);
-    if (size < 0 && errno == EOPNOTSUPP) size = read(client.uffd, messages, sizeof messages);  // before Linux 6.10
-    if (size <= 0) {
+    const ssize_t count = read_messages(client.uffd, messages, kBatch);
+    if (count <= 0) {
         // EAGAIN: the fault went away (a signal, or another's CONTINUE). Anything else: the client is gone; stop
         // polling it, its connection's end removes it.
-        if (size == 0 || (errno != EAGAIN && errno != EINTR)) {
+        if (count == 0 || (errno != EAGAIN && errno != EINTR)) {
             epoll_ctl(server.epoll, EPOLL_CTL_DEL, client.uffd, nullptr);
         }
         return;
     }
     runtime::Processor& processor = runtime::current();
     runtime::enter(processor);
-    uint64_t finished = 0;
-    const auto count = uint64_t(size) / sizeof(uffd_msg);
-    for (uint64_t i = 0; i < count; ++i) {
+    uint64_t faults = 0, finished = 0;
+    for (ssize_t i = 0; i < count; ++i) {
         if (messages[i].event == UFFD_EVENT_FORK)
             close(int(messages[i].arg.fork.ufd));  // asked for by no client of ours
         if (messages[i].event != UFFD_EVENT_PAGEFAULT) continue;
+        ++faults;
         const auto& fault = messages[i].arg.pagefault;
         if (stick_) server.affinity.fault(client.pid, pid_t(fault.feat.ptid), now);
         const FaultAt at{client.hat, cpu, fault.address & ~(kPageSize - 1)};
@@ -172,9 +168,9 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
     auto add = [](std::atomic<uint64_t>& counter, uint64_t n) {
         counter.store(counter.load(std::memory_order_relaxed) + n, std::memory_order_relaxed);
     };
-    add(server.faults, count);
+    add(server.faults, faults);
     add(server.finished, finished);
-    add(server.handed_up, count - finished);
+    add(server.handed_up, faults - finished);
     // Server threads call no Clustered Object, so no deferred destruction waits for them.
     (void)runtime::leave(processor);
 }

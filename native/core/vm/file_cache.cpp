@@ -41,6 +41,7 @@ static Outcome settle(const FaultAt& fault, int error) {
         case ENOENT:
         case ESRCH:
         case EINVAL:
+        case EAGAIN:
             fault.hat->wake(fault.cpu, fault.address, kPageSize);
             return Outcome::mapped;
         case EFAULT:

@@ -8,7 +8,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "vm/access.hpp"
@@ -151,28 +150,15 @@ Guard::Guard(int socket, int grace_ms)
     thread_ = std::thread([this] { run(); });
 }
 
-void Guard::watch(int uffd) {
-    std::lock_guard guard(lock_);
-    uffds_.push_back(uffd);
-}
-
-void Guard::add_range(uint64_t base, uint64_t length) {
-    std::lock_guard guard(lock_);
-    ranges_.push_back({base, length});
-}
-
-void Guard::remove_range(uint64_t base) {
-    std::lock_guard guard(lock_);
-    std::erase_if(ranges_, [&](const Range& r) { return r.base == base; });
-}
-
 void Guard::stop() {
     if (!thread_.joinable()) return;
     if (pid_ != getpid()) {
         // A forked child has the object but not the thread; a thread of the child's own may have its handle by now.
         new std::thread(std::move(thread_));
+        if (agent_) agent_->forget_in_child();
         return;
     }
+    if (agent_) agent_->stop();
     stopping_.store(true);
     const uint64_t one = 1;
     [[maybe_unused]] const auto written = write(wake_, &one, sizeof one);
@@ -181,13 +167,16 @@ void Guard::stop() {
 }
 
 void Guard::forget_in_child() {
-    for (int uffd : uffds_) close(uffd);
-    uffds_.clear();
+    // No lock: a thread that the child does not have may hold it.
+    for (int uffd : windows_.uffds) {
+        if (uffd >= 0) close(uffd);
+    }
+    windows_.uffds.clear();
 }
 
 Guard::~Guard() {
     stop();
-    for (int uffd : uffds_) close(uffd);
+    forget_in_child();
 }
 
 void Guard::run() {
@@ -210,12 +199,14 @@ void Guard::abandon() {
     std::vector<pollfd> polled;
     while (!stopping_.load()) {
         {
-            std::lock_guard guard(lock_);
+            // Not `changing`: the agent may hold it, until an event is read here.
+            std::lock_guard guard(windows_.lock);
             polled.assign(1, {wake_, POLLIN, 0});
-            for (int uffd : uffds_) polled.push_back({uffd, POLLIN, 0});
-            // Faults that the dead kernel had read happen again when woken, and are then read here.
-            for (int uffd : uffds_) {
-                for (const Range& range : ranges_) wake_range(uffd, range.base, range.length);
+            for (int uffd : windows_.uffds) {
+                if (uffd < 0) continue;
+                polled.push_back({uffd, POLLIN, 0});
+                // Faults that the dead kernel had read happen again when woken, and are then read here.
+                for (const Windows::Range& range : windows_.ranges) wake_range(uffd, range.base, range.length);
             }
         }
         // One turn a second finds windows and userfaultfds that were added meanwhile.
@@ -223,8 +214,9 @@ void Guard::abandon() {
         for (size_t i = 1; ready > 0 && i < polled.size(); ++i) {
             uffd_msg messages[16];
             if (!(polled[i].revents & POLLIN)) continue;
-            const ssize_t size = read(polled[i].fd, messages, sizeof messages);
-            for (ssize_t k = 0; k < size / ssize_t(sizeof(uffd_msg)); ++k) {
+            const ssize_t count = read_messages(polled[i].fd, messages, 16);
+            for (ssize_t k = 0; k < count; ++k) {
+                if (messages[k].event != UFFD_EVENT_PAGEFAULT) continue;
                 const uint64_t page = messages[k].arg.pagefault.address & ~(kPageSize - 1);
                 poison_range(polled[i].fd, page, kPageSize);
                 wake_range(polled[i].fd, page, kPageSize);

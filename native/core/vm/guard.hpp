@@ -14,6 +14,8 @@
 #include <thread>
 #include <vector>
 
+#include "vm/agent.hpp"
+
 namespace k42::vm {
 
 // What the SIGBUS handler knows of one window. Never freed, only reused: a handler may be reading.
@@ -41,11 +43,14 @@ class Guard {
     Guard(const Guard&) = delete;
     Guard& operator=(const Guard&) = delete;
 
-    // A userfaultfd whose faults the kernel serves; taken over. It is open as long as a window shows anything: pages
-    // touched after its end would read as zeros.
-    void watch(int uffd);
-    void add_range(uint64_t base, uint64_t length);  // a window on one of them
-    void remove_range(uint64_t base);
+    // A userfaultfd whose faults the kernel serves, on the CPU with this index of the kernel's; taken over. It is open
+    // as long as a window shows anything: pages touched after its end would read as zeros.
+    void watch(size_t cpu, int uffd) { windows_.watch(cpu, uffd); }
+    void add_range(const Windows::Range& range) { windows_.add(range); }  // a window on one of them
+    // May wait for a command that is being executed, and so for the kernel.
+    void remove_range(uint64_t base) { windows_.remove(base); }
+    // Executes the commands that the kernel writes into this memfd; once. Throws std::system_error.
+    void obey(int memfd) { agent_ = std::make_unique<Agent>(windows_, memfd); }
     void stop();
     void forget_in_child();  // after fork(): the child's copies of the descriptors are of no use
 
@@ -53,11 +58,6 @@ class Guard {
     const std::atomic<bool>* abandoned() const { return abandoned_; }
 
   private:
-    struct Range {
-        uint64_t base;
-        uint64_t length;
-    };
-
     void run();
     void abandon();
 
@@ -68,10 +68,8 @@ class Guard {
     std::atomic<bool>* const abandoned_ = new std::atomic<bool>(false);  // leaked on purpose
     std::atomic<bool> stopping_{false};
 
-    std::mutex lock_;  // protects uffds_ and ranges_; a leaf
-    std::vector<int> uffds_;
-    std::vector<Range> ranges_;
-
+    Windows windows_;
+    std::unique_ptr<Agent> agent_;
     std::thread thread_;
 };
 

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "structures/interval_map.hpp"
+#include "vm/agent.hpp"
 #include "vm/status_page.hpp"
 #include "vm/uffd.hpp"
 
@@ -72,15 +73,17 @@ class Hat {
 
 class UffdHat final : public Hat {
   public:
-    // Takes the status page over.
-    UffdHat(uint64_t id, RegionMap* regions, int cpus, std::unique_ptr<StatusPage> status)
-        : Hat(id, regions, cpus), fds_(cpus, -1), status_(std::move(status)) {}
+    // Takes the status page and the ring over.
+    UffdHat(uint64_t id, RegionMap* regions, int cpus, std::unique_ptr<StatusPage> status,
+            std::unique_ptr<CommandRing> commands)
+        : Hat(id, regions, cpus), fds_(cpus, -1), status_(std::move(status)), commands_(std::move(commands)) {}
     ~UffdHat() override;
 
     // Takes the descriptor over; false when this CPU has one already.
     bool attach(int cpu, int uffd);
     int descriptor(int cpu) const { return fds_[cpu]; }
     const StatusPage& status() const { return *status_; }
+    CommandRing& commands() { return *commands_; }
 
     RangeResult map(int cpu, uint64_t address, uint64_t length) override;
     RangeResult zero(int cpu, uint64_t address, uint64_t length, int memfd, uint64_t offset) override;
@@ -91,6 +94,7 @@ class UffdHat final : public Hat {
   private:
     std::vector<int> fds_;  // the client's userfaultfd of each CPU, -1 until the client faults there
     std::unique_ptr<StatusPage> status_;
+    std::unique_ptr<CommandRing> commands_;
 };
 
 class SoftHat final : public Hat {

@@ -11,21 +11,24 @@
 
 namespace k42::vm {
 
+SealedMemory make_sealed_memory(const char* name, size_t bytes) {
+    const int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0) return {-1, nullptr};
+    void* address = MAP_FAILED;
+    if (ftruncate(fd, off_t(bytes)) == 0 && fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0) {
+        address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    }
+    if (address != MAP_FAILED) return {fd, address};
+    const int error = errno;
+    close(fd);
+    errno = error;
+    return {-1, nullptr};
+}
+
 std::unique_ptr<StatusPage> StatusPage::create() {
-    const int fd = memfd_create("k42-status", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (fd < 0) return nullptr;
-    void* page = MAP_FAILED;
-    // Sealed in size: a client that shrank it would kill the kernel at its next report.
-    if (ftruncate(fd, kBytes) == 0 && fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0) {
-        page = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    }
-    if (page == MAP_FAILED) {
-        const int error = errno;
-        close(fd);
-        errno = error;
-        return nullptr;
-    }
-    return std::unique_ptr<StatusPage>(new StatusPage(fd, static_cast<FailureRecord*>(page)));
+    const SealedMemory made = make_sealed_memory("k42-status", kBytes);
+    if (made.fd < 0) return nullptr;
+    return std::unique_ptr<StatusPage>(new StatusPage(made.fd, static_cast<FailureRecord*>(made.address)));
 }
 
 StatusPage::~StatusPage() {

@@ -16,6 +16,14 @@ struct FailureRecord {
     char reason[232];
 };
 
+// Shared memory that the kernel writes and a client reads: sealed in size, since a client that shrank it would kill
+// the kernel at its next write. fd -1 with errno set when it is not to be had.
+struct SealedMemory {
+    int fd;
+    void* address;
+};
+SealedMemory make_sealed_memory(const char* name, size_t bytes);
+
 class StatusPage {
   public:
     static constexpr size_t kRecords = 16;

@@ -5,6 +5,7 @@
 #include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #ifndef USERFAULTFD_IOC_NEW
@@ -33,12 +34,17 @@ int raw_userfaultfd(bool user_mode_only) {
     return made;
 }
 
-// An ioctl on a range, repeated on the rest of it while Linux says EAGAIN (the address space is changing under it).
-// `progress` is where its argument says how far it came.
+// How often an ioctl is tried while Linux says EAGAIN. A move of the agent's is over in one or two; a hostile client
+// can go on for ever, and is told to fault again.
+constexpr int kTries = 1000;
+
+// An ioctl on a range, repeated on the rest of it while Linux says EAGAIN: the address space is changing under it. The
+// event of that change may wait to be read, perhaps by this thread, or by one that waits for a lock that this one
+// holds: so it is read here. `progress` is where the ioctl's argument says how far it came.
 template <class Request, class Count>
 RangeResult on_range(int uffd, unsigned long call, Count Request::* progress, uint64_t start, uint64_t length) {
     uint64_t done = 0;
-    for (;;) {
+    for (int tries = 0;;) {
         Request request{};
         request.range = {start + done, length - done};
         const int error = ioctl(uffd, call, &request) < 0 ? errno : 0;
@@ -46,7 +52,10 @@ RangeResult on_range(int uffd, unsigned long call, Count Request::* progress, ui
         if (count > 0) done += uint64_t(count);
         if (error == 0 || done >= length) return {length, 0};
         if (error != EAGAIN) return {done, error};
-        if (count <= 0) sched_yield();
+        if (count > 0) continue;
+        if (++tries == kTries) return {done, error};
+        drain(uffd);
+        sched_yield();
     }
 }
 
@@ -57,7 +66,8 @@ int open_userfaultfd(bool user_mode_only) {
     if (fd < 0) return -errno;
     uffdio_api api{};
     api.api = UFFD_API;
-    api.features = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_POISON;
+    api.features = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_THREAD_ID |
+                   UFFD_FEATURE_POISON | UFFD_FEATURE_EVENT_REMAP;
     if (ioctl(fd, UFFDIO_API, &api) < 0) {
         close(fd);
         return -EOPNOTSUPP;  // EINVAL here means that a feature is missing
@@ -82,6 +92,23 @@ RangeResult zero_range(int uffd, uint64_t start, uint64_t length) {
 
 RangeResult poison_range(int uffd, uint64_t start, uint64_t length) {
     return on_range(uffd, UFFDIO_POISON, &uffdio_poison::updated, start, length);
+}
+
+ssize_t read_messages(int uffd, uffd_msg* messages, size_t count) {
+    iovec whole{messages, count * sizeof(uffd_msg)};
+    ssize_t size = preadv2(uffd, &whole, 1, -1, RWF_NOWAIT);
+    if (size < 0 && errno == EOPNOTSUPP) size = read(uffd, messages, count * sizeof(uffd_msg));  // before Linux 6.10
+    return size < 0 ? size : size / ssize_t(sizeof(uffd_msg));
+}
+
+void drain(int uffd) {
+    uffd_msg messages[16];
+    const ssize_t count = read_messages(uffd, messages, 16);
+    for (ssize_t i = 0; i < count; ++i) {
+        if (messages[i].event == UFFD_EVENT_FORK) close(int(messages[i].arg.fork.ufd));  // asked for by none of ours
+        if (messages[i].event != UFFD_EVENT_PAGEFAULT) continue;
+        wake_range(uffd, messages[i].arg.pagefault.address & ~(kPageSize - 1), kPageSize);
+    }
 }
 
 void wake_range(int uffd, uint64_t start, uint64_t length) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <linux/userfaultfd.h>
+#include <sys/types.h>
 
 #include <cstdint>
 
@@ -46,6 +47,14 @@ RangeResult zero_range(int uffd, uint64_t start, uint64_t length);
 
 // Makes accesses to the range raise SIGBUS, and wakes who waits for it.
 RangeResult poison_range(int uffd, uint64_t start, uint64_t length);
+
+// Reads at most `count` messages; how many, or -1 with errno set. Never waits, though the client can make its
+// descriptor, and so ours, a blocking one at any time.
+ssize_t read_messages(int uffd, uffd_msg* messages, size_t count);
+
+// Reads what waits, which ends the events (a thread that moves a mapping waits for that, and until then ioctls on
+// the userfaultfd get EAGAIN), and lets the faults that it read happen again.
+void drain(int uffd);
 
 // Lets the faults on the range happen again.
 void wake_range(int uffd, uint64_t start, uint64_t length);

@@ -83,7 +83,7 @@ class Client:
             raise KernelUnavailable(f"the kernel there belongs to user {uid}, not to you")
         try:
             reply, descriptors = self._exchange({"op": "hello", "version": protocol.VERSION}, ())
-            if len(descriptors) != 1 or not {"pid", "budget", "cpus"} <= reply.keys():
+            if len(descriptors) != 2 or not {"pid", "budget", "cpus"} <= reply.keys():
                 protocol.close_all(descriptors)
                 raise ProtocolError("what listens there is no kernel of k42")
         except BaseException:
@@ -94,10 +94,13 @@ class Client:
         self.budget: int = reply["budget"]
         """The kernel's budget in bytes."""
         self._cpus: list[int] = reply["cpus"]
-        [status] = descriptors
-        self._status = _native.map_status(status)
-        os.close(status)
-        self._guard = _native.Guard(connection.fileno(), int(grace * 1000))
+        status, commands = descriptors
+        try:
+            self._status = _native.map_status(status)
+            self._guard = _native.Guard(connection.fileno(), int(grace * 1000))
+            self._guard.obey(commands)
+        finally:
+            protocol.close_all(descriptors)
         _clients.add(self)
 
     # Requests.
@@ -173,7 +176,7 @@ class Client:
                 raise KernelUnavailable("this client is closed")
             if index not in self._uffds:
                 self._uffds[index] = _open_userfaultfd()
-                self._guard.watch(self._uffds[index])
+                self._guard.watch(index, self._uffds[index])
             if index not in self._handed_over:  # again, where Ctrl-C kept us from knowing
                 self._exchange({"op": "uffd", "cpu": index}, (self._uffds[index],))
                 self._handed_over.add(index)

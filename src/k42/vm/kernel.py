@@ -325,7 +325,7 @@ class Kernel:
         native = client.hat.native()
         assert isinstance(native, _native.UffdHat)
         reply = {"ok": True, "pid": os.getpid(), "cpus": self.cpus, "budget": self.budget}
-        return reply, [os.dup(native.status_descriptor())]
+        return reply, [os.dup(native.status_descriptor()), os.dup(native.commands_descriptor())]
 
     def _take_uffd(self, client: _Client, message: Message, descriptors: list[int]) -> tuple[Message, list[int]]:
         index = self._cpu(message)

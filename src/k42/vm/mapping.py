@@ -137,11 +137,11 @@ class Mapping(_native.Window):
             return  # a memoryview in the same garbage: the memory goes with it, the kernel's part with the client
         # The collector may run anywhere: nothing here waits.
         self._client = None
-        os.close(self._memfd)
         for window in windows:
             base = window.base
             window.hide()
             client._drop(self._region, base)
+        os.close(self._memfd)  # the agent uses it as long as a window is shown
 
     @overload
     def __getitem__(self, key: int) -> int: ...
