@@ -41,7 +41,6 @@ class View {
     View(const View&) = delete;
     View& operator=(const View&) = delete;
     bool take(PyObject* o, int flags) { return PyObject_GetBuffer(o, &view_, flags) == 0; }
-    uint64_t start() const { return reinterpret_cast<uint64_t>(view_.buf); }
     size_t size() const { return size_t(view_.len); }
     const char* bytes() const { return static_cast<const char*>(view_.buf); }
 
@@ -50,26 +49,19 @@ class View {
 };
 
 // A shown window, held open for an access of this scope.
-struct Open {
-    View view;
-    const vm::WindowRecord* record = nullptr;
-
-    bool take(PyObject* window, bool write) {
-        if (!view.take(window, write ? PyBUF_WRITABLE : PyBUF_SIMPLE)) return false;
-        record = window_record(window);  // after: an exported window stays what it is
-        return record != nullptr;
-    }
+struct Open : WindowAccess {
     bool has(uint64_t offset, uint64_t count) const {
-        if (offset <= view.size() && count <= view.size() - offset) return true;
+        if (offset <= size && count <= size - offset) return true;
         PyErr_SetString(PyExc_IndexError, "outside the mapping");
         return false;
     }
+    const char* bytes() const { return reinterpret_cast<const char*>(start); }
 };
 
 bool raise(const Open& open, const vm::AccessFailure& failure) {
     Ref reason = Ref::steal(PyUnicode_DecodeUTF8(failure.reason, Py_ssize_t(std::strlen(failure.reason)), "replace"));
     if (!reason) return false;
-    const auto offset = static_cast<long long>(failure.address) - static_cast<long long>(open.view.start());
+    const auto offset = static_cast<long long>(failure.address) - static_cast<long long>(open.start);
     Ref arguments = Ref::steal(Py_BuildValue("(LOO)", offset, failure.abandoned ? Py_True : Py_False, reason.get()));
     if (arguments) PyErr_SetObject(access_failed, arguments.get());
     return false;
@@ -115,7 +107,7 @@ struct Span {
     uint64_t at(uint64_t i) const { return start + uint64_t(step) * i; }  // modulo 2^64, as signed steps want it
     bool inside(const Open& open) const {
         if (count == 0) return true;
-        const uint64_t size = open.view.size();
+        const uint64_t size = open.size;
         // The second first: then the third cannot wrap around.
         if (start < size && count - 1 <= (size - 1) / stride() && at(count - 1) < size) return true;
         PyErr_SetString(PyExc_IndexError, "outside the mapping");
@@ -131,7 +123,7 @@ bool for_parts(const Open& open, const Span& span, Work work) {
     const uint64_t most = std::max<uint64_t>(1, kChunk / stride);
     for (uint64_t done = 0; done < span.count;) {
         const uint64_t n = std::min(most, span.count - done);
-        const uint64_t first = open.view.start() + span.at(done);
+        const uint64_t first = open.start + span.at(done);
         const uint64_t length = stride * (n - 1) + 1;
         auto part = [&] { work(reinterpret_cast<char*>(first), done, n); };
         if (!touch(open, span.step < 0 ? first - (length - 1) : first, length, part)) return false;
@@ -147,7 +139,7 @@ PyObject* copy_out(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
         return nullptr;
     }
     Open open;
-    if (!open.take(window, false) || !span.inside(open)) return nullptr;
+    if (!open.begin(window, false) || !span.inside(open)) return nullptr;
     Ref result = Ref::steal(PyBytes_FromStringAndSize(nullptr, Py_ssize_t(span.count)));
     if (!result) return nullptr;
     char* to = PyBytes_AS_STRING(result.get());
@@ -170,7 +162,7 @@ PyObject* copy_in(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     Ref count = Ref::steal(PyLong_FromSize_t(source.size()));
     Span span;
     if (!count || !Span::parse(start, count.get(), step, span)) return nullptr;
-    if (!open.take(window, true) || !span.inside(open)) return nullptr;
+    if (!open.begin(window, true) || !span.inside(open)) return nullptr;
     const bool done = for_parts(open, span, [&](char* memory, uint64_t at, uint64_t n) {
         if (span.step == 1) {
             std::memmove(memory, source.bytes() + at, n);
@@ -189,15 +181,15 @@ PyObject* move_within(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t to, from, count;
     if (!unpack("move_within", args, nargs, window, to, from, count)) return nullptr;
     Open open;
-    if (!open.take(window, true) || !open.has(to, count) || !open.has(from, count)) return nullptr;
+    if (!open.begin(window, true) || !open.has(to, count) || !open.has(from, count)) return nullptr;
     constexpr uint64_t kPart = 1 << 16;
     const std::unique_ptr<char[]> between(new (std::nothrow) char[std::min(kPart, count)]);
     if (!between) return PyErr_NoMemory();
     for (uint64_t done = 0; done < count;) {
         const uint64_t n = std::min(kPart, count - done);
         const uint64_t at = to <= from ? done : count - done - n;
-        char* target = reinterpret_cast<char*>(open.view.start() + to + at);
-        const char* source = open.view.bytes() + from + at;
+        char* target = reinterpret_cast<char*>(open.start + to + at);
+        const char* source = open.bytes() + from + at;
         auto take = [&] { std::memcpy(between.get(), source, n); };
         auto put = [&] { std::memcpy(target, between.get(), n); };
         if (!touch(open, reinterpret_cast<uint64_t>(source), n, take)) return nullptr;
@@ -226,7 +218,7 @@ PyObject* find(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     if (!unpack("find", args, nargs, window, data, start, end, backwards)) return nullptr;
     View needle;
     Open open;
-    if (!needle.take(data, PyBUF_SIMPLE) || !open.take(window, false)) return nullptr;
+    if (!needle.take(data, PyBUF_SIMPLE) || !open.begin(window, false)) return nullptr;
     if (start > end) return PyLong_FromLong(-1);
     if (!open.has(start, end - start)) return nullptr;
     const size_t length = needle.size();
@@ -235,7 +227,7 @@ PyObject* find(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     const uint64_t places = end - start - length + 1;  // where it can begin
     for (uint64_t done = 0; done < places;) {
         const uint64_t n = std::min<uint64_t>(kChunk, places - done);
-        const char* text = open.view.bytes() + start + (backwards ? places - done - n : done);
+        const char* text = open.bytes() + start + (backwards ? places - done - n : done);
         const size_t size = n + length - 1;
         const char* found = nullptr;
         auto part = [&] {
@@ -244,7 +236,7 @@ PyObject* find(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
             found = static_cast<const char*>(at);
         };
         if (!touch(open, reinterpret_cast<uint64_t>(text), size, part)) return nullptr;
-        if (found) return PyLong_FromSsize_t(found - open.view.bytes());
+        if (found) return PyLong_FromSsize_t(found - open.bytes());
         done += n;
     }
     return PyLong_FromLong(-1);

@@ -74,15 +74,18 @@ PyObject* guard_stop(PyObject* self, PyObject*) {
 struct WindowValue {
     WindowValue(uint64_t base_, uint64_t size_) : base(base_), size(size_), pid(getpid()) {}
     ~WindowValue() {
-        try_hide();
+        hide_unused();
         free();
     }
 
     static constexpr uint64_t kShown = 1;
     static constexpr uint64_t kBusy = 2;  // for the few instructions of an exchange
-    static constexpr uint64_t kExport = 4;
+    static constexpr uint64_t kAccess = 4;
+    static constexpr uint64_t kExport = uint64_t{1} << 32;
 
     bool shown() const { return settled() & kShown; }
+    uint64_t exports() const { return use.load(std::memory_order_relaxed) / kExport; }
+    bool accessed() const { return use.load(std::memory_order_acquire) % kExport >= kAccess; }
     uint64_t settled() const {
         for (;;) {
             const uint64_t seen = use.load(std::memory_order_acquire);
@@ -90,28 +93,40 @@ struct WindowValue {
             sched_yield();
         }
     }
-    uint64_t exports() const { return use.load(std::memory_order_relaxed) / kExport; }
-    bool try_export() {
+    // `what`: kAccess or kExport. False when it is not shown.
+    bool try_use(uint64_t what) {
         for (;;) {
             uint64_t seen = settled();
             if (!(seen & kShown)) return false;
-            if (use.compare_exchange_weak(seen, seen + kExport, std::memory_order_acquire)) return true;
+            if (use.compare_exchange_weak(seen, seen + what, std::memory_order_acquire)) return true;
         }
     }
+    void unuse(uint64_t what) { use.fetch_sub(what, std::memory_order_release); }
 
-    // The addresses lead nowhere, but stay this object's. False, and nothing changed, while buffers are exported.
-    bool try_hide() {
-        for (uint64_t seen = kShown; !use.compare_exchange_strong(seen, 0, std::memory_order_acq_rel); seen = kShown) {
-            if (!(settled() & kShown)) return true;
-            if (exports()) return false;
+    // Hiding in two steps, between which accesses end that were on their way. The first: from now on there is no new
+    // one. False, and nothing changed, while buffers are exported. Nothing is left to do where `hiding` stays false.
+    bool begin_hide(bool& hiding) {
+        for (;;) {
+            uint64_t seen = settled();
+            if (!(seen & kShown)) return true;
+            if (seen >= kExport) return false;
+            hiding = use.compare_exchange_weak(seen, seen & ~kShown, std::memory_order_acq_rel);
+            if (hiding) return true;
         }
-        if (pid != getpid()) return true;  // a forked child never had the range
+    }
+    void undo_hide() { use.fetch_or(kShown, std::memory_order_release); }
+    void end_hide() {
+        if (pid != getpid()) return;  // a forked child never had the range
         vm::unlist_window(record);
         SelfGuard::of(guard.get()).guard.remove_range(base);
         lead_nowhere();
-        return true;
     }
-    // False, and nothing changed, while buffers of either are exported.
+    void hide_unused() {
+        bool hiding = false;
+        begin_hide(hiding);
+        if (hiding) end_hide();
+    }
+    // False, and nothing changed, while buffers of either are exported, or accesses on their way.
     bool try_exchange(WindowValue& other) {
         uint64_t seen = kShown;
         if (!use.compare_exchange_strong(seen, kBusy, std::memory_order_acq_rel)) return false;
@@ -143,8 +158,8 @@ struct WindowValue {
     std::atomic<uint64_t> base;  // 0 once freed
     uint64_t size;
     const pid_t pid;
-    // Whether it is shown, and kExport for each exported buffer, in one word: of a thread that hides the window and
-    // one that exports a buffer of it, exactly one succeeds.
+    // Whether it is shown, kAccess for each access of our own that is on its way, and kExport for each exported buffer,
+    // in one word: of a thread that hides the window and one that begins to use it, exactly one succeeds.
     std::atomic<uint64_t> use{0};
     // Written before kShown is set, by show() and by an exchange.
     bool writable = false;
@@ -172,7 +187,7 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
 void dealloc(PyObject* self) {
     {
         Detached detached;  // hiding can wait for the kernel
-        window_of(self).try_hide();
+        window_of(self).hide_unused();
     }
     Self::dealloc(self);
 }
@@ -222,15 +237,35 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
-PyObject* hide(PyObject* self, PyObject*) {
-    bool hidden;
-    {
-        Detached detached;
-        hidden = window_of(self).try_hide();
+// Calls `attempt` until it returns true, as long as accesses of other threads to the window are on their way; false with
+// an exception set where Ctrl-C came first.
+template <class Attempt>
+bool wait_for_accesses(Attempt attempt) {
+    for (int turns = 0;; ++turns) {
+        if (attempt()) return true;
+        {
+            Detached detached;
+            turns < 100 ? void(sched_yield()) : void(usleep(1000));
+        }
+        if (PyErr_CheckSignals() < 0) return false;
     }
-    if (!hidden) {
+}
+
+PyObject* hide(PyObject* self, PyObject*) {
+    WindowValue& window = window_of(self);
+    bool hiding = false;
+    if (!window.begin_hide(hiding)) {
         PyErr_SetString(PyExc_BufferError, "cannot close: an array or memoryview uses the memory of the mapping");
         return nullptr;
+    }
+    if (!hiding) Py_RETURN_NONE;
+    if (!wait_for_accesses([&] { return !window.accessed(); })) {
+        window.undo_hide();
+        return nullptr;
+    }
+    {
+        Detached detached;
+        window.end_hide();
     }
     Py_RETURN_NONE;
 }
@@ -241,7 +276,14 @@ PyObject* exchange(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     if (!unpack("exchange", args, nargs, with)) return nullptr;
     WindowValue* other = checked<WindowValue>(with, window_type);
     if (!other) return nullptr;
-    if (!window_of(self).try_exchange(*other)) {
+    WindowValue& window = window_of(self);
+    bool exchanged = false;
+    const bool tried = wait_for_accesses([&] {
+        exchanged = window.try_exchange(*other);
+        return exchanged || window.exports() || other->exports() || !window.shown() || !other->shown();
+    });
+    if (!tried) return nullptr;
+    if (!exchanged) {
         PyErr_SetString(PyExc_BufferError, "cannot resize: an array or memoryview uses the memory of the mapping");
         return nullptr;
     }
@@ -257,27 +299,29 @@ PyObject* free_window(PyObject* self, PyObject*) {
     Py_RETURN_NONE;
 }
 
+bool is_ours(const WindowValue& window) {
+    if (window.pid == getpid()) return true;
+    PyErr_SetString(PyExc_BufferError, "this mapping belongs to the parent process: open it again in the forked child");
+    return false;
+}
+
 int get_buffer(PyObject* self, Py_buffer* view, int flags) {
     WindowValue& window = window_of(self);
-    if (window.pid != getpid()) {
-        PyErr_SetString(PyExc_BufferError,
-                        "this mapping belongs to the parent process: open it again in the forked child");
-        return -1;
-    }
-    if (!window.try_export()) {
+    if (!is_ours(window)) return -1;
+    if (!window.try_use(WindowValue::kExport)) {
         PyErr_SetString(PyExc_ValueError, "mapping closed");
         return -1;
     }
     auto* start = reinterpret_cast<void*>(window.base.load() + window.delta);
     if (PyBuffer_FillInfo(view, self, start, Py_ssize_t(window.length), !window.writable, flags) < 0) {
-        window.use.fetch_sub(WindowValue::kExport, std::memory_order_release);
+        window.unuse(WindowValue::kExport);
         return -1;
     }
     return 0;
 }
 
 void release_buffer(PyObject* self, Py_buffer*) {
-    window_of(self).use.fetch_sub(WindowValue::kExport, std::memory_order_release);
+    window_of(self).unuse(WindowValue::kExport);
 }
 
 Py_ssize_t length(PyObject* self) {
@@ -373,12 +417,24 @@ int add_window(PyObject* module) {
     return PyModule_AddFunctions(module, functions);
 }
 
-const vm::WindowRecord* window_record(PyObject* window) {
+bool WindowAccess::begin(PyObject* window, bool write) {
     WindowValue* value = checked<WindowValue>(window, window_type);
-    if (!value) return nullptr;
-    // Whether it is still shown is seen when its buffer is taken.
-    if (!value->record) PyErr_SetString(PyExc_ValueError, "mapping closed");
-    return value->record;
+    if (!value || !is_ours(*value)) return false;
+    if (!value->try_use(WindowValue::kAccess)) {
+        PyErr_SetString(PyExc_ValueError, "mapping closed");
+        return false;
+    }
+    window_ = Ref::borrow(window);
+    start = value->base.load() + value->delta;
+    size = value->length;
+    record = value->record;
+    if (!write || value->writable) return true;
+    PyErr_SetString(PyExc_TypeError, "can't modify a read-only mapping");
+    return false;
+}
+
+WindowAccess::~WindowAccess() {
+    if (window_) window_of(window_.get()).unuse(WindowValue::kAccess);
 }
 
 }  // namespace k42::edge
