@@ -192,13 +192,15 @@ void dealloc(PyObject* self) {
     Self::dealloc(self);
 }
 
+constexpr uint32_t kRead = 0, kShared = 1, kPrivate = 2;  // what show() makes of a window
+
 PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     int memfd, uffd;
     uint64_t offset, delta, length, status;
-    bool writable = false;
+    uint32_t mode;
     std::string name;
     PyObject* guard = nullptr;
-    if (!unpack("show", args, nargs, memfd, offset, writable, delta, length, uffd, guard, name, status)) return nullptr;
+    if (!unpack("show", args, nargs, memfd, offset, mode, delta, length, uffd, guard, name, status)) return nullptr;
     WindowValue& window = window_of(self);
     GuardValue* watcher = checked<GuardValue>(guard, guard_type);
     if (!watcher) return nullptr;
@@ -206,10 +208,14 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
         PyErr_SetString(PyExc_ValueError, "the window is freed, is shown already, or is too small");
         return nullptr;
     }
+    if (mode > kPrivate) {
+        PyErr_SetString(PyExc_ValueError, "a window is for reading (0), shared (1) or a private copy (2)");
+        return nullptr;
+    }
     // A reader's mapping is private: Linux refuses to register a shared one of a read-only descriptor, and even an
     // mprotect() would give it only copies.
-    const int protection = writable ? PROT_READ | PROT_WRITE : PROT_READ;
-    const int flags = (writable ? MAP_SHARED : MAP_PRIVATE) | MAP_NORESERVE | MAP_FIXED;
+    const int protection = mode == kRead ? PROT_READ : PROT_READ | PROT_WRITE;
+    const int flags = (mode == kShared ? MAP_SHARED : MAP_PRIVATE) | MAP_NORESERVE | MAP_FIXED;
     void* base = reinterpret_cast<void*>(window.base.load());
     // Not inherited by children: an absent page touched there would put a page of zeros into the shared cache. Until
     // that is sure, and the kernel asked for every page, nobody can touch it, here or in a child forked meanwhile.
@@ -226,11 +232,11 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
         errno = error;
         return PyErr_SetFromErrno(PyExc_OSError);
     }
-    watcher->guard.add_range({window.base, window.size, memfd, offset, writable, false});
+    watcher->guard.add_range({window.base, window.size, memfd, offset, mode != kRead, mode == kPrivate});
     window.guard = Ref::borrow(guard);
     window.record = vm::list_window(window.base, window.size, offset, name, reinterpret_cast<const void*>(status),
                                     watcher->guard.abandoned());
-    window.writable = writable;
+    window.writable = mode != kRead;
     window.delta = delta;
     window.length = length;
     window.use.store(WindowValue::kShown, std::memory_order_release);
@@ -365,7 +371,7 @@ PyMethodDef guard_methods[] = {
 };
 PyMethodDef methods[] = {
     {"show", fast(show), METH_FASTCALL,
-     "show(memfd, offset, writable, delta, length, uffd, guard, name, status): map the file cache here."},
+     "show(memfd, offset, mode, delta, length, uffd, guard, name, status): map the file cache here."},
     {"hide", hide, METH_NOARGS, "Unmap; the addresses stay reserved. BufferError while buffers are exported."},
     {"exchange", fast(exchange), METH_FASTCALL,
      "exchange(window): change places with it. BufferError while buffers of either are exported."},

@@ -351,7 +351,7 @@ class Window:
         self,
         memfd: int,
         offset: int,
-        writable: bool,
+        mode: int,
         delta: int,
         length: int,
         uffd: int,

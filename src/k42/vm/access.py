@@ -31,6 +31,8 @@ class MemoryFile(_native.Window):
         raise NotImplementedError
 
     def _get(self, start: int, count: int, step: int = 1) -> bytes:
+        if count == 0:
+            return b""
         try:
             return _native.copy_out(self, start, count, step)
         except _native.AccessFailed as failure:
@@ -89,12 +91,14 @@ class MemoryFile(_native.Window):
             self._put(at, bytes((byte,)))
             return
         start, stop, step = key.indices(size)
-        with _bytes_like(value) as view:
+        with bytes_like(value) as view:
             if view.nbytes != len(range(start, stop, step)):
                 raise IndexError("slice assignment to a mapping is of the wrong size")
-            self._put(start, view, step)
+            if view.nbytes:
+                self._put(start, view, step)
 
     def __delitem__(self, key: SupportsIndex | slice) -> None:
+        len(self)
         self._refuse_writes()
         if not isinstance(key, slice):
             self._at(key)
@@ -126,9 +130,10 @@ class MemoryFile(_native.Window):
         size = len(self)
         if len(bounds) > 2:
             raise TypeError(f"find takes at most 3 arguments ({1 + len(bounds)} given)")
-        start, end = (*(_word(bound) for bound in bounds), *(self._position, size)[len(bounds) :])
-        start, end, _ = slice(start, end).indices(size)
-        return self._find(sub, start, end, backwards=backwards)
+        with bytes_like(sub) as view:
+            start, end = (*(to_word(bound) for bound in bounds), *(self._position, size)[len(bounds) :])
+            start, end, _ = slice(start, end).indices(size)
+            return self._find(view, start, end, backwards=backwards)
 
     def find(self, sub: Buffer, /, *bounds: SupportsIndex) -> int:
         """Where the bytes first stand.
@@ -167,7 +172,7 @@ class MemoryFile(_native.Window):
             ValueError: the new position would lie outside.
         """
         size = len(self)
-        distance = _word(pos)
+        distance = to_word(pos)
         with self._position_lock:
             origins = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: size}
             if whence not in origins:
@@ -193,7 +198,7 @@ class MemoryFile(_native.Window):
         """
         size = len(self)
         try:
-            wanted = -1 if n is None else _word(n)
+            wanted = -1 if n is None else to_word(n)
         except TypeError:
             raise TypeError(f"argument should be integer or None, not {type(n).__name__!r}") from None
         with self._position_lock:
@@ -232,7 +237,7 @@ class MemoryFile(_native.Window):
             StoreError: a page could not be had; a part may have been written, and the position stays.
         """
         size = len(self)
-        with _bytes_like(data) as view, self._position_lock:
+        with bytes_like(data) as view, self._position_lock:
             self._refuse_writes()
             if view.nbytes > size - self._position:
                 raise ValueError("data out of range")
@@ -262,7 +267,7 @@ class MemoryFile(_native.Window):
             StoreError: a page could not be had; a part may have been copied.
         """
         size = len(self)
-        target, source, length = _word(dest), _word(src), _word(count)
+        target, source, length = to_word(dest), to_word(src), to_word(count)
         self._refuse_writes()
         if min(target, source, length) < 0 or size - max(target, source) < length:
             raise ValueError("source, destination, or count out of range")
@@ -272,7 +277,7 @@ class MemoryFile(_native.Window):
             raise self._failure(failure) from None
 
 
-def _word(value: SupportsIndex) -> int:
+def to_word(value: SupportsIndex) -> int:
     """An integer that C can hold."""
     number = operator.index(value)
     if not -sys.maxsize - 1 <= number <= sys.maxsize:
@@ -280,7 +285,7 @@ def _word(value: SupportsIndex) -> int:
     return number
 
 
-def _bytes_like(value: object) -> memoryview:
+def bytes_like(value: object) -> memoryview:
     try:
         return memoryview(value)  # type: ignore[arg-type]
     except TypeError:

@@ -233,8 +233,8 @@ class Client:
             raise ValueError("offset and length must not be negative")
         if mode == "w+" and not length:
             raise ValueError("mode 'w+' needs a length: it makes a file of offset + length bytes")
-        if isinstance(path, str) and _URL.match(path):
-            return self._open_url(path, mode, offset, length, group, dict(storage_options or {}))
+        if is_url(path):
+            return self._open_url(os.fspath(path), mode, offset, length, group, dict(storage_options or {}))
         if storage_options:
             raise ValueError(f"storage_options are for URLs, and {os.fspath(path)!r} is a path")
         return self._open_file(path, mode, offset, length, group)
@@ -430,6 +430,11 @@ class Client:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def is_url(path: object) -> bool:
+    """Whether it is a URL, as fsspec understands them (``scheme://…``, also chained: ``zip://…::https://…``)."""
+    return isinstance(path, str) and _URL.match(path) is not None
 
 
 def _length(offset: int, length: int | None, size: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
-import operator
 import os
 import re
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex, get_a
 
 from k42 import _native
 from k42.errors import Error
-from k42.vm.access import MemoryFile
+from k42.vm.access import MemoryFile, to_word
 from k42.vm.errors import KernelUnavailable, ProtocolError, StoreError, Unsupported
 from k42.vm.protocol import PAGE, Message, pages_of
 
@@ -281,8 +280,8 @@ class Mapping(MemoryFile):
     def _pages(self, offset: SupportsIndex, length: SupportsIndex | None) -> dict[str, int]:
         """The pages of the file in which these bytes of the mapping lie."""
         size = len(self)
-        start = operator.index(offset)
-        count = size - start if length is None else operator.index(length)
+        start = to_word(offset)
+        count = size - start if length is None else to_word(length)
         if start < 0 or count < 0 or start + count > size:
             raise ValueError(f"offset {start} and length {count} are not within the mapping of {size} bytes")
         shown = self._shown
@@ -369,8 +368,8 @@ class Mapping(MemoryFile):
             ValueError: outside the mapping, or it is closed.
         """
         size = len(self)
-        begin = operator.index(start)
-        count = size - begin if length is None else operator.index(length)
+        begin = to_word(start)
+        count = size - begin if length is None else to_word(length)
         if not 0 <= begin < size:
             raise ValueError("madvise start out of bounds")
         if count < 0:
@@ -451,7 +450,7 @@ class Mapping(MemoryFile):
         if self._parent is not None:
             return self._parent.resize(newsize)
         length = len(self)
-        wanted = operator.index(newsize)
+        wanted = to_word(newsize)
         if self.mode not in ("r+", "anonymous"):
             raise TypeError("can't resize a read-only or copy-on-write mapping")
         if wanted < 0:
