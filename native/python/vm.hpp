@@ -14,17 +14,41 @@
 
 namespace k42::edge {
 
+// Objects of the core that have lines of their own are beside their Python object, not in it.
 struct RegionMapValue {
-    vm::RegionMap map;
+    explicit RegionMapValue(bool replicated) : owned(std::make_unique<vm::RegionMap>(replicated)) {}
+    std::unique_ptr<vm::RegionMap> owned;
+    vm::RegionMap& map = *owned;
 };
 struct FramePoolValue {
-    explicit FramePoolValue(uint64_t budget) : pool(budget) {}
-    vm::FramePool pool;
+    FramePoolValue(uint64_t budget, bool distributed) : owned(std::make_unique<vm::FramePool>(budget, distributed)) {}
+    std::unique_ptr<vm::FramePool> owned;
+    vm::FramePool& pool = *owned;
+};
+struct AccountValue {
+    AccountValue(Ref pool_, vm::Accounts& accounts_, vm::Account& account_)
+        : pool(std::move(pool_)), accounts(accounts_), account(&account_) {}
+    ~AccountValue() { close(); }
+    void close() {
+        if (account) accounts.close(std::exchange(account, nullptr));
+    }
+    Ref pool;
+    vm::Accounts& accounts;
+    vm::Account* account;  // nullptr: closed
+};
+struct HintQueueValue {
+    vm::HintQueue queue;
 };
 struct FileCacheValue {
-    FileCacheValue(Ref pool_, vm::FramePool* frames, int memfd, uint64_t pages, vm::Fill fill, vm::Backing backing)
-        : pool(std::move(pool_)), cache(frames, memfd, pages, fill, backing) {}
+    FileCacheValue(Ref pool_, vm::FramePool* frames, int memfd, int journal, uint64_t pages, vm::Fill fill,
+                   vm::Backing backing, vm::Policy policy, int cpus)
+        : pool(std::move(pool_)), cache(frames, memfd, journal, pages, fill, backing, policy, cpus) {}
+    // Before the cache gives hints to this queue; there is one for all.
+    void keep(Ref queue) {
+        if (!hints) hints = std::move(queue);
+    }
     Ref pool;
+    Ref hints;
     vm::FileCache cache;
 };
 // Waiters and queued faults may need the native HAT after the Python object has gone: it counts its users.
@@ -36,13 +60,15 @@ struct HatValue {
 };
 struct RegionValue {
     RegionValue(Ref cache_, Ref hat_, uint64_t start, uint64_t pages, uint64_t first_page, uint32_t group,
-                vm::FileCache* native_cache, vm::Hat* native_hat)
+                uint32_t around, bool tracked, vm::FileCache* native_cache, vm::Hat* native_hat)
         : cache(std::move(cache_)),
           hat(std::move(hat_)),
-          region(start, pages, first_page, group, native_cache, native_hat) {}
+          owned(std::make_unique<vm::Region>(start, pages, first_page, group, around, tracked, native_cache,
+                                             native_hat)) {}
     Ref cache;
     Ref hat;
-    vm::Region region;
+    std::unique_ptr<vm::Region> owned;
+    vm::Region& region = *owned;
 };
 
 // Set once, when the module is executed (which happens once a process: sub-interpreters are refused).
@@ -50,6 +76,7 @@ struct VmTypes {
     PyTypeObject* region_map;
     PyTypeObject* frame_pool;
     PyTypeObject* file_cache;
+    PyTypeObject* hint_queue;
     PyTypeObject* hat;
     PyTypeObject* region;
 };

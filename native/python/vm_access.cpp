@@ -80,6 +80,7 @@ bool touch(const Open& open, uint64_t start, size_t length, Touch& work) {
     bool done;
     {
         Detached detached;
+        vm::lead_bus_handlers();
         done = run();
     }
     if (!done) return raise(open, failure);

@@ -8,8 +8,8 @@ namespace k42::edge {
 namespace {
 
 struct EngineValue {
-    EngineValue(std::vector<int> cpus, bool stick)
-        : engine(std::move(cpus), stick), hats(Ref::steal(PySet_New(nullptr))) {}
+    EngineValue(std::vector<int> cpus, bool sticky, bool homing)
+        : engine(std::move(cpus), sticky, homing), hats(Ref::steal(PySet_New(nullptr))) {}
     vm::Engine engine;
     Ref hats;  // the set of UffdHats that the server threads may use: kept alive here
 };
@@ -19,8 +19,8 @@ vm::Engine& engine_of(PyObject* self) { return Self::of(self).engine; }
 
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     PyObject* numbers;
-    bool stick;
-    if (!unpack_new("Engine", args, kwargs, numbers, stick)) return nullptr;
+    bool sticky, homing;
+    if (!unpack_new("Engine", args, kwargs, numbers, sticky, homing)) return nullptr;
     Ref sequence = Ref::steal(PySequence_Tuple(numbers));
     if (!sequence) return nullptr;
     std::vector<int> cpus;
@@ -33,7 +33,7 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
         }
         cpus.push_back(cpu);
     }
-    Ref self = Ref::steal(Self::make(type, std::move(cpus), stick));
+    Ref self = Ref::steal(Self::make(type, std::move(cpus), sticky, homing));
     if (!self || !Self::of(self.get()).hats) return nullptr;
     return self.release();
 }
@@ -63,7 +63,8 @@ PyObject* stop(PyObject* self, PyObject*) {
 PyObject* add(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     PyObject* hat;
     int cpu, pid;
-    if (!unpack("add", args, nargs, hat, cpu, pid)) return nullptr;
+    bool sticky, homing;
+    if (!unpack("add", args, nargs, hat, cpu, pid, sticky, homing)) return nullptr;
     HatValue* value = checked<HatValue>(hat, vm_types.hat);
     if (!value) return nullptr;
     auto* uffd = dynamic_cast<vm::UffdHat*>(value->hat);
@@ -75,7 +76,7 @@ PyObject* add(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     bool added;
     {
         Detached detached;
-        added = engine_of(self).add(uffd, cpu, pid);
+        added = engine_of(self).add(uffd, cpu, pid, sticky, homing);
     }
     if (!added) return PyErr_SetFromErrno(PyExc_OSError);
     Py_RETURN_NONE;
@@ -106,7 +107,8 @@ PyObject* handle(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     PyObject* hat;
     int cpu;
     uint64_t address;
-    if (!unpack("handle", args, nargs, hat, cpu, address)) return nullptr;
+    bool write;
+    if (!unpack("handle", args, nargs, hat, cpu, address, write)) return nullptr;
     HatValue* value = checked<HatValue>(hat, vm_types.hat);
     if (!value) return nullptr;
     if (cpu < 0 || cpu >= value->hat->cpus()) {
@@ -116,7 +118,7 @@ PyObject* handle(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     bool done;
     {
         Detached detached;
-        done = vm::Engine::handle({value->hat, cpu, address & ~(vm::kPageSize - 1)});
+        done = vm::Engine::handle({value->hat, cpu, address & ~(vm::kPageSize - 1), write});
     }
     (void)self;
     return PyBool_FromLong(done);
@@ -140,26 +142,28 @@ PyObject* next(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
         }
     }
     if (!fault) Py_RETURN_NONE;
-    return Py_BuildValue("(KiKK)", id, fault->cpu, fault->address, fault->canonical);
+    return Py_BuildValue("(KiKKO)", id, fault->cpu, fault->address, fault->canonical, fault->write ? Py_True : Py_False);
 }
 
 PyObject* counts(PyObject* self, PyObject*) {
     const vm::Engine::Counts c = engine_of(self).counts();
-    return Py_BuildValue("{sKsKsKsK}", "faults", c.faults, "finished", c.finished, "handed_up", c.handed_up, "kept",
-                         c.kept);
+    return Py_BuildValue("{sKsKsKsKsKsKsK}", "faults", c.faults, "finished", c.finished, "handed_up", c.handed_up,
+                         "kept", c.kept, "local", c.local, "remote", c.remote, "rehomed", c.rehomed);
 }
 
 PyMethodDef methods[] = {
     {"start", start, METH_NOARGS, "Start one server thread a CPU."},
     {"stop", stop, METH_NOARGS, "End the server threads; next() returns None from then on."},
-    {"add", fast(add), METH_FASTCALL, "add(hat, cpu, pid): serve this client's userfaultfd of the CPU."},
+    {"add", fast(add), METH_FASTCALL,
+     "add(hat, cpu, pid, sticky, homing): serve this client's userfaultfd of the CPU."},
     {"remove", fast(remove), METH_FASTCALL, "remove(hat): serve this client no more."},
     {"synchronize", synchronize, METH_NOARGS, "Wait until what was unlinked before is used by no server thread."},
     {"handle", fast(handle), METH_FASTCALL,
-     "handle(hat, cpu, address): resolve one fault here; False: it is Python's."},
+     "handle(hat, cpu, address, write): resolve one fault here; False: it is Python's."},
     {"next", fast(next), METH_FASTCALL,
-     "next(cpu): wait for a fault handed up: (id of the HAT, cpu, window address, canonical address), or None."},
-    {"counts", counts, METH_NOARGS, "Faults read, finished natively, handed up; bursts kept on their CPU."},
+     "next(cpu): wait for a fault handed up: (id of the HAT, cpu, window address, canonical address, write), or None."},
+    {"counts", counts, METH_NOARGS,
+     "Faults read, finished natively, handed up; bursts kept on a CPU; faults by where their threads belong; moves."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -167,7 +171,7 @@ PyType_Slot slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(make)},
     {Py_tp_dealloc, reinterpret_cast<void*>(dealloc)},
     {Py_tp_methods, methods},
-    {Py_tp_doc, const_cast<char*>("Engine(cpus, stick, /)\n\nOne pinned fault server a CPU.")},
+    {Py_tp_doc, const_cast<char*>("Engine(cpus, sticky, homing, /)\n\nOne pinned fault server a CPU.")},
     {0, nullptr},
 };
 

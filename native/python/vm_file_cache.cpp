@@ -1,4 +1,8 @@
-// k42._native.FileCache: the pages of one file, the native half of an FCM.
+// k42._native.FileCache: the pages of one file, the native half of an FCM; and HintQueue, through which it says where
+// read-ahead is due.
+#include <new>
+#include <system_error>
+
 #include "vm.hpp"
 
 namespace k42::edge {
@@ -9,8 +13,14 @@ using Self = Holder<FileCacheValue>;
 
 vm::FileCache& cache_of(PyObject* self) { return Self::of(self).cache; }
 
-bool to_range(const vm::FileCache& cache, uint64_t page, uint64_t first, uint32_t count) {
-    if (count == 0 || count > vm::FileCache::kMaxGroup || first + count > cache.pages() || page < first ||
+bool to_run(uint64_t first, uint32_t count) {
+    if (count > 0 && count <= vm::FileCache::kMaxGroup && first + count > first) return true;
+    PyErr_SetString(PyExc_ValueError, "a run is 1 to 512 pages");
+    return false;
+}
+
+bool to_range(uint64_t page, uint64_t first, uint32_t count) {
+    if (count == 0 || count > vm::FileCache::kMaxGroup || page < first ||
         page >= first + count) {
         PyErr_SetString(PyExc_ValueError, "a page range outside the file, or too long");
         return false;
@@ -18,47 +28,76 @@ bool to_range(const vm::FileCache& cache, uint64_t page, uint64_t first, uint32_
     return true;
 }
 
-bool to_fault(PyObject* hat, int cpu, uint64_t address, vm::FaultAt& out) {
+bool to_fault(PyObject* hat, int cpu, uint64_t address, bool write, bool tracked, vm::FaultAt& out) {
     HatValue* value = checked<HatValue>(hat, vm_types.hat);
     if (!value) return false;
     if (cpu < 0 || cpu >= value->hat->cpus() || address % vm::kPageSize) {
         PyErr_SetString(PyExc_ValueError, "no such CPU, or an address that is not a page's");
         return false;
     }
-    out = {value->hat, cpu, address};
+    out = {value->hat, cpu, address, write, false, tracked};
     return true;
+}
+
+PyObject* run_of(const vm::FileCache::Run& run) { return Py_BuildValue("(KI)", run.first, run.count); }
+
+PyObject* list_of(const std::vector<vm::FileCache::Run>& runs) {
+    Ref list = Ref::steal(PyList_New(Py_ssize_t(runs.size())));
+    if (!list) return nullptr;
+    for (size_t i = 0; i < runs.size(); ++i) {
+        PyObject* run = run_of(runs[i]);
+        if (!run) return nullptr;
+        PyList_SET_ITEM(list.get(), Py_ssize_t(i), run);
+    }
+    return list.release();
 }
 
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     PyObject* pool;
-    int memfd;
+    int memfd, journal, cpus;
     uint64_t pages;
-    uint32_t fill;
-    uint32_t backing;
-    if (!unpack_new("FileCache", args, kwargs, pool, memfd, pages, fill, backing)) return nullptr;
+    uint32_t fill, backing, policy;
+    if (!unpack_new("FileCache", args, kwargs, pool, memfd, journal, pages, fill, backing, policy, cpus)) return nullptr;
     FramePoolValue* frames = checked<FramePoolValue>(pool, vm_types.frame_pool);
     if (!frames) return nullptr;
-    if (fill > uint32_t(vm::Fill::store) || backing > uint32_t(vm::Backing::overcommitted) || pages == 0) {
-        PyErr_SetString(PyExc_ValueError, "no such fill or backing, or no pages");
+    if (fill > uint32_t(vm::Fill::store) || backing > uint32_t(vm::Backing::overcommitted) ||
+        policy > uint32_t(vm::Policy::s3fifo) || pages == 0 || cpus < 1 || cpus > 65536) {
+        PyErr_SetString(PyExc_ValueError, "no such fill, backing or policy, no pages, or no CPUs");
         return nullptr;
     }
-    return Self::make(type, Ref::borrow(pool), &frames->pool, memfd, pages, vm::Fill(fill), vm::Backing(backing));
+    PyObject* self = type->tp_alloc(type, 0);
+    if (!self) return nullptr;
+    try {
+        new (&Self::of(self)) FileCacheValue(Ref::borrow(pool), &frames->pool, memfd, journal, pages, vm::Fill(fill),
+                                             vm::Backing(backing), vm::Policy(policy), cpus);
+        return self;
+    } catch (const std::system_error& error) {
+        errno = error.code().value();
+        PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.what());
+    } catch (const std::bad_alloc&) {
+        PyErr_NoMemory();
+    }
+    // There is no value to destroy yet: not dealloc(), only the memory.
+    type->tp_free(self);
+    Py_DECREF(type);
+    return nullptr;
 }
 
 PyObject* resolve(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     PyObject* hat;
     int cpu;
+    bool write, tracked;
     uint64_t address, page, first;
     uint32_t count;
     vm::FaultAt fault;
-    if (!unpack("resolve", args, nargs, hat, cpu, address, page, first, count) ||
-        !to_range(cache_of(self), page, first, count) || !to_fault(hat, cpu, address, fault)) {
+    if (!unpack("resolve", args, nargs, hat, cpu, address, write, tracked, page, first, count) ||
+        !to_range(page, first, count) || !to_fault(hat, cpu, address, write, tracked, fault)) {
         return nullptr;
     }
     vm::Outcome outcome;
     {
         Detached detached;
-        outcome = cache_of(self).resolve(fault, page, first, count);
+        outcome = cache_of(self).resolve(fault, page, {first, count}, {first, count});
     }
     return PyLong_FromLong(long(outcome));
 }
@@ -66,44 +105,55 @@ PyObject* resolve(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 PyObject* begin_io(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t page, first;
     uint32_t count;
-    if (!unpack("begin_io", args, nargs, page, first, count) || !to_range(cache_of(self), page, first, count)) {
+    if (!unpack("begin_io", args, nargs, page, first, count) || !to_range(page, first, count)) {
         return nullptr;
     }
     vm::FileCache::Run run;
     {
         Detached detached;
-        run = cache_of(self).begin_io(page, first, count);
+        run = cache_of(self).begin_io(page, {first, count});
     }
-    return Py_BuildValue("(KI)", run.first, run.count);
+    return run_of(run);
 }
 
 PyObject* complete_io(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     PyObject* hat;
     int cpu;
+    bool write, tracked;
     uint64_t address, page, first, begin, end;
     uint32_t count;
     vm::FaultAt fault;
-    if (!unpack("complete_io", args, nargs, hat, cpu, address, page, first, count, begin, end) ||
-        !to_range(cache_of(self), page, first, count) || !to_fault(hat, cpu, address, fault)) {
+    if (!unpack("complete_io", args, nargs, hat, cpu, address, write, tracked, page, first, count, begin, end) ||
+        !to_run(first, count) || !to_fault(hat, cpu, address, write, tracked, fault)) {
         return nullptr;
     }
-    if (page < begin || page >= end) {
+    if (page < begin || page >= end || page < first || page >= first + count) {
         PyErr_SetString(PyExc_ValueError, "the faulting page is not among those that the region shows");
         return nullptr;
     }
     vm::Outcome outcome;
     {
         Detached detached;
-        outcome = cache_of(self).complete_io(fault, page, {first, count}, begin, end);
+        outcome = cache_of(self).complete_io(&fault, page, {first, count}, begin, end);
     }
     return PyLong_FromLong(long(outcome));
+}
+
+PyObject* complete_prefetch(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t first;
+    uint32_t count;
+    if (!unpack("complete_prefetch", args, nargs, first, count) || !to_run(first, count)) return nullptr;
+    {
+        Detached detached;
+        cache_of(self).complete_io(nullptr, first, {first, count}, 0, 0);
+    }
+    Py_RETURN_NONE;
 }
 
 PyObject* abort_io(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t first;
     uint32_t count;
-    if (!unpack("abort_io", args, nargs, first, count) || !to_range(cache_of(self), first, first, count))
-        return nullptr;
+    if (!unpack("abort_io", args, nargs, first, count) || !to_run(first, count)) return nullptr;
     {
         Detached detached;
         cache_of(self).abort_io({first, count});
@@ -111,15 +161,165 @@ PyObject* abort_io(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
-PyObject* give_back(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+PyObject* reclaim(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t count;
-    if (!unpack("give_back", args, nargs, count)) return nullptr;
+    bool thorough;
+    if (!unpack("reclaim", args, nargs, count, thorough)) return nullptr;
+    vm::FileCache::Reclaimed result;
+    {
+        Detached detached;
+        result = cache_of(self).reclaim(count, thorough);
+    }
+    return Py_BuildValue("(KK)", result.given, result.dirty);
+}
+
+PyObject* begin_write(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t first;
+    uint32_t count;
+    if (!unpack("begin_write", args, nargs, first, count) || !to_run(first, count)) return nullptr;
+    vm::FileCache::Writing writing;
+    {
+        Detached detached;
+        writing = cache_of(self).begin_write({first, count});
+    }
+    return Py_BuildValue("(KII)", writing.run.first, writing.run.count, writing.busy);
+}
+
+PyObject* take_laundry(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint32_t most;
+    if (!unpack("take_laundry", args, nargs, most) || !to_run(0, most)) return nullptr;
+    vm::FileCache::Run run;
+    {
+        Detached detached;
+        run = cache_of(self).take_laundry(most);
+    }
+    return run_of(run);
+}
+
+PyObject* end_write(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t first;
+    uint32_t count;
+    bool written, evict;
+    if (!unpack("end_write", args, nargs, first, count, written, evict) || !to_run(first, count)) return nullptr;
     uint64_t given;
     {
         Detached detached;
-        given = cache_of(self).give_back(count);
+        given = cache_of(self).end_write({first, count}, written, evict);
     }
     return PyLong_FromUnsignedLongLong(given);
+}
+
+PyObject* dirty_runs(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t first, end;
+    if (!unpack("dirty_runs", args, nargs, first, end)) return nullptr;
+    std::vector<vm::FileCache::Run> runs;
+    {
+        Detached detached;
+        runs = cache_of(self).dirty_runs(first, end);
+    }
+    return list_of(runs);
+}
+
+PyObject* absent_runs(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t first, end, most;
+    if (!unpack("absent_runs", args, nargs, first, end, most)) return nullptr;
+    std::vector<vm::FileCache::Run> runs;
+    {
+        Detached detached;
+        runs = cache_of(self).absent_runs(first, end, most);
+    }
+    return list_of(runs);
+}
+
+PyObject* endings(PyObject* self, PyObject*) { return PyLong_FromUnsignedLongLong(cache_of(self).endings()); }
+
+PyObject* wait_ending(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t seen;
+    uint32_t timeout;
+    if (!unpack("wait_ending", args, nargs, seen, timeout)) return nullptr;
+    bool ended;
+    {
+        Detached detached;
+        ended = cache_of(self).wait_ending(seen, std::chrono::milliseconds(timeout));
+    }
+    return PyBool_FromLong(ended);
+}
+
+PyObject* discard(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t first, end;
+    bool dirty;
+    if (!unpack("discard", args, nargs, first, end, dirty)) return nullptr;
+    uint64_t busy;
+    {
+        Detached detached;
+        busy = cache_of(self).discard(first, end, dirty);
+    }
+    return PyLong_FromUnsignedLongLong(busy);
+}
+
+PyObject* resize(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t pages;
+    if (!unpack("resize", args, nargs, pages)) return nullptr;
+    if (!cache_of(self).resize(pages)) {
+        PyErr_SetString(PyExc_ValueError, "a cached file has at least one page, and grows by 256 GiB at most");
+        return nullptr;
+    }
+    Py_RETURN_NONE;
+}
+
+PyObject* pin(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t first;
+    uint32_t count;
+    if (!unpack("pin", args, nargs, first, count) || !to_run(first, count)) return nullptr;
+    bool pinned;
+    {
+        Detached detached;
+        pinned = cache_of(self).pin({first, count});
+    }
+    return PyBool_FromLong(pinned);
+}
+
+PyObject* unpin(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t first;
+    uint32_t count;
+    if (!unpack("unpin", args, nargs, first, count) || !to_run(first, count)) return nullptr;
+    {
+        Detached detached;
+        cache_of(self).unpin({first, count});
+    }
+    Py_RETURN_NONE;
+}
+
+PyObject* set_marker(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    PyObject* hints;
+    uint64_t id, first, end;
+    if (!unpack("set_marker", args, nargs, hints, id, first, end)) return nullptr;
+    HintQueueValue* value = checked<HintQueueValue>(hints, vm_types.hint_queue);
+    if (!value) return nullptr;
+    FileCacheValue& cache = Self::of(self);
+    cache.keep(Ref::borrow(hints));
+    cache.cache.set_marker(&value->queue, id, first, end);
+    Py_RETURN_NONE;
+}
+
+PyObject* restore(PyObject* self, PyObject*) {
+    uint64_t restored;
+    {
+        Detached detached;
+        restored = cache_of(self).restore();
+    }
+    return PyLong_FromUnsignedLongLong(restored);
+}
+
+PyObject* use(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint32_t policy;
+    if (!unpack("use", args, nargs, policy)) return nullptr;
+    if (policy > uint32_t(vm::Policy::s3fifo)) {
+        PyErr_SetString(PyExc_ValueError, "no such policy");
+        return nullptr;
+    }
+    cache_of(self).use(vm::Policy(policy));
+    Py_RETURN_NONE;
 }
 
 PyObject* attach(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
@@ -143,11 +343,14 @@ PyObject* detach(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 
 PyObject* counts(PyObject* self, PyObject*) {
     const vm::FileCache::Counts c = cache_of(self).counts();
-    return Py_BuildValue("{sKsKsKsKsK}", "mapped", c.mapped, "zero_filled", c.zero_filled, "filled", c.filled, "queued",
-                         c.queued, "evicted", c.evicted);
+    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsK}", "mapped", c.mapped, "zero_filled", c.zero_filled, "filled",
+                         c.filled, "queued", c.queued, "evicted", c.evicted, "dirtied", c.dirtied, "written", c.written,
+                         "probed", c.probed, "rescued", c.rescued, "resident", c.resident, "dirty", c.dirty);
 }
 
 PyObject* memfd(PyObject* self, PyObject*) { return PyLong_FromLong(cache_of(self).memfd()); }
+PyObject* journal(PyObject* self, PyObject*) { return PyLong_FromLong(cache_of(self).journal()); }
+PyObject* pages(PyObject* self, PyObject*) { return PyLong_FromUnsignedLongLong(cache_of(self).pages()); }
 
 PyObject* resident(PyObject* self, PyObject*) {
     std::vector<uint64_t> pages;
@@ -166,24 +369,53 @@ PyObject* resident(PyObject* self, PyObject*) {
 }
 
 PyObject* sizes(PyObject* self, PyObject*) {
-    const PageTable& table = cache_of(self).table();
-    return Py_BuildValue("(nn)", Py_ssize_t(table.size()), Py_ssize_t(table.bytes()));
+    const vm::FileCache& cache = cache_of(self);
+    return Py_BuildValue("(nn)", Py_ssize_t(cache.table().size()), Py_ssize_t(cache.bytes()));
 }
 
 PyMethodDef methods[] = {
     {"resolve", fast(resolve), METH_FASTCALL,
-     "resolve(hat, cpu, address, page, first, count): finish a fault with what is at hand; the Outcome."},
+     "resolve(hat, cpu, address, write, tracked, page, first, count): finish a fault with what is at hand; the "
+     "Outcome."},
     {"begin_io", fast(begin_io), METH_FASTCALL,
      "begin_io(page, first, count): mark the absent run around page as in I/O; its (first, count), or (page, 0)."},
     {"complete_io", fast(complete_io), METH_FASTCALL,
-     "complete_io(hat, cpu, address, page, first, count, begin, end): the run is filled: resident, waiters woken, and "
-     "what of it lies in pages [begin, end) mapped."},
+     "complete_io(hat, cpu, address, write, tracked, page, first, count, begin, end): the run is filled: resident, "
+     "waiters woken, and what of it lies in pages [begin, end) mapped."},
+    {"complete_prefetch", fast(complete_prefetch), METH_FASTCALL,
+     "complete_prefetch(first, count): the run is filled, and no fault waits to be mapped."},
     {"abort_io", fast(abort_io), METH_FASTCALL, "abort_io(first, count): the run is absent again, waiters woken."},
-    {"give_back", fast(give_back), METH_FASTCALL, "give_back(count): evict up to so many pages, oldest first."},
+    {"reclaim", fast(reclaim), METH_FASTCALL,
+     "reclaim(count, thorough): evict up to so many clean pages by the policy; (frames given, dirty pages put in "
+     "line)."},
+    {"begin_write", fast(begin_write), METH_FASTCALL,
+     "begin_write(first, count): the next dirty run of the range is protected, and the caller's to write: (first, "
+     "count, busy pages before it)."},
+    {"take_laundry", fast(take_laundry), METH_FASTCALL,
+     "take_laundry(most): the same with pages that stand in line: (first, count)."},
+    {"end_write", fast(end_write), METH_FASTCALL,
+     "end_write(first, count, written, evict): the write-back has ended; frames given back."},
+    {"dirty_runs", fast(dirty_runs), METH_FASTCALL, "dirty_runs(first, end): the dirty pages, as (first, count)."},
+    {"absent_runs", fast(absent_runs), METH_FASTCALL,
+     "absent_runs(first, end, most): the absent pages, so many at most, as (first, count)."},
+    {"endings", endings, METH_NOARGS, "Fills and write-backs ended so far, for wait_ending()."},
+    {"wait_ending", fast(wait_ending), METH_FASTCALL,
+     "wait_ending(seen, timeout): wait until endings() differs, or a timeout in ms; False then."},
+    {"discard", fast(discard), METH_FASTCALL,
+     "discard(first, end, dirty): take the pages away, dirty ones too or not; how many are in I/O and stay."},
+    {"resize", fast(resize), METH_FASTCALL, "resize(pages): faults behind the end fail from now on."},
+    {"pin", fast(pin), METH_FASTCALL, "pin(first, count): keep these frames; False unless all are resident."},
+    {"unpin", fast(unpin), METH_FASTCALL, "unpin(first, count): end one pin of each."},
+    {"set_marker", fast(set_marker), METH_FASTCALL,
+     "set_marker(hints, id, first, end): the next fault there gives a hint."},
+    {"restore", restore, METH_NOARGS, "Make resident what the journal says is valid; how many pages."},
+    {"use", fast(use), METH_FASTCALL, "use(policy): replace pages by this policy from now on."},
     {"attach", fast(attach), METH_FASTCALL, "A region shows this file."},
     {"detach", fast(detach), METH_FASTCALL, "A region shows it no more."},
     {"counts", counts, METH_NOARGS, "Faults and pages so far, by what became of them."},
     {"memfd", memfd, METH_NOARGS, "The descriptor of the frames; stays this object's."},
+    {"journal", journal, METH_NOARGS, "The descriptor of the journal; stays this object's."},
+    {"pages", pages, METH_NOARGS, "How many pages the file has."},
     {"resident", resident, METH_NOARGS, "The resident pages' indices, sorted."},
     {"sizes", sizes, METH_NOARGS, "(descriptors, bytes they take)."},
     {nullptr, nullptr, 0, nullptr},
@@ -193,18 +425,56 @@ PyType_Slot slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(make)},
     {Py_tp_dealloc, reinterpret_cast<void*>(Self::dealloc)},
     {Py_tp_methods, methods},
-    {Py_tp_doc, const_cast<char*>("FileCache(pool, memfd, pages, fill, backing, /)\n\n"
-                                  "The pages of one file, their frames in a memfd, which it takes over (paper 4.4).")},
+    {Py_tp_doc, const_cast<char*>("FileCache(pool, memfd, journal, pages, fill, backing, policy, cpus, /)\n\nThe pages of one "
+                                  "file, their frames in a memfd, which it takes over, as the journal (paper 4.4).")},
     {0, nullptr},
 };
 
 PyType_Spec spec = {"k42._native.FileCache", sizeof(Self), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, slots};
 
+using SelfHints = Holder<HintQueueValue>;
+
+PyObject* make_hints(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+    if (!unpack_new("HintQueue", args, kwargs)) return nullptr;
+    return SelfHints::make(type);
+}
+
+PyObject* next_hint(PyObject* self, PyObject*) {
+    std::optional<vm::Hint> hint;
+    {
+        Detached detached;
+        hint = SelfHints::of(self).queue.next();
+    }
+    if (!hint) Py_RETURN_NONE;
+    return Py_BuildValue("(KK)", hint->id, hint->page);
+}
+
+PyObject* close_hints(PyObject* self, PyObject*) {
+    SelfHints::of(self).queue.close();
+    Py_RETURN_NONE;
+}
+
+PyMethodDef hint_methods[] = {
+    {"next", next_hint, METH_NOARGS, "Wait for a hint: (id, page); None once it is closed."},
+    {"close", close_hints, METH_NOARGS, "Let next() return None from now on."},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyType_Slot hint_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(make_hints)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(SelfHints::dealloc)},
+    {Py_tp_methods, hint_methods},
+    {Py_tp_doc, const_cast<char*>("HintQueue()\n\nWhere faults say that read-ahead is due.")},
+    {0, nullptr},
+};
+PyType_Spec hint_spec = {"k42._native.HintQueue", sizeof(SelfHints), 0,
+                         Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, hint_slots};
+
 }  // namespace
 
 int add_file_cache(PyObject* module) {
     vm_types.file_cache = add_type(module, &spec);
-    return vm_types.file_cache ? 0 : -1;
+    vm_types.hint_queue = add_type(module, &hint_spec);
+    return vm_types.file_cache && vm_types.hint_queue ? 0 : -1;
 }
 
 }  // namespace k42::edge

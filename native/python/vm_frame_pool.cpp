@@ -1,5 +1,7 @@
-// k42._native.FramePool: the frames of the Global Page Manager.
-#include "vm.hpp"
+// k42._native.FramePool and Account: the frames of the Global Page Manager, and what each client has of them.
+#include <cerrno>
+
+#include "vm_variants.hpp"
 
 namespace k42::edge {
 
@@ -20,8 +22,13 @@ bool to_backing(uint32_t number, vm::Backing& out) {
 
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     uint64_t budget;
-    if (!unpack_new("FramePool", args, kwargs, budget)) return nullptr;
-    return Self::make(type, budget);
+    bool distributed;
+    if (!unpack_new("FramePool", args, kwargs, budget, distributed)) return nullptr;
+    if (budget > vm::Account::kNoLimit) {
+        PyErr_SetString(PyExc_ValueError, "so many frames there are not");
+        return nullptr;
+    }
+    return Self::make(type, budget, distributed);
 }
 
 PyObject* reserve(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
@@ -84,6 +91,132 @@ PyObject* usage(PyObject* self, PyObject*) {
                          u.overcommitted, "promised_anonymous", u.promised_anonymous, "promised_file", u.promised_file);
 }
 
+PyObject* free_frames(PyObject* self, PyObject*) { return PyLong_FromUnsignedLongLong(pool_of(self).free()); }
+PyObject* level(PyObject* self, PyObject*) { return PyLong_FromLong(long(pool_of(self).level())); }
+PyObject* check(PyObject* self, PyObject*) {
+    return PyBool_FromLong(pool_of(self).check() && pool_of(self).accounts().check());
+}
+
+PyObject* low_event(PyObject* self, PyObject*) {
+    const int event = pool_of(self).low_event();
+    return event < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(event);
+}
+
+PyObject* distribute(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    return change("distribute", args, nargs, [&](bool is) { pool_of(self).distribute(is); });
+}
+PyObject* distributed(PyObject* self, PyObject*) { return PyBool_FromLong(pool_of(self).distributed()); }
+PyObject* traffic(PyObject* self, PyObject*) { return to_python(pool_of(self).traffic()); }
+
+PyObject* uncharge_number(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint16_t number;
+    uint64_t frames;
+    if (!unpack("uncharge", args, nargs, number, frames)) return nullptr;
+    pool_of(self).accounts().uncharge(number, frames);
+    Py_RETURN_NONE;
+}
+
+PyObject* above_share(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint16_t number;
+    if (!unpack("above_share", args, nargs, number)) return nullptr;
+    return PyBool_FromLong(pool_of(self).accounts().above_share(number));
+}
+
+PyObject* refresh_shares(PyObject* self, PyObject*) {
+    pool_of(self).accounts().refresh();
+    Py_RETURN_NONE;
+}
+
+// Account
+
+using SelfAccount = Holder<AccountValue>;
+
+// nullptr with an exception when it is closed.
+vm::Account* account_of(PyObject* self) {
+    vm::Account* account = SelfAccount::of(self).account;
+    if (!account) PyErr_SetString(PyExc_ValueError, "the account is closed");
+    return account;
+}
+
+PyObject* make_account(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+    PyObject *pool, *limit;
+    if (!unpack_new("Account", args, kwargs, pool, limit)) return nullptr;
+    FramePoolValue* value = checked<FramePoolValue>(pool, vm_types.frame_pool);
+    if (!value) return nullptr;
+    std::optional<uint64_t> frames;
+    if (limit != Py_None) {
+        uint64_t number;
+        if (!convert(limit, number)) return nullptr;
+        if (number > vm::Account::kNoLimit) {
+            PyErr_SetString(PyExc_ValueError, "so many frames there are not");
+            return nullptr;
+        }
+        frames = number;
+    }
+    vm::Accounts& accounts = value->pool.accounts();
+    vm::Account* account = accounts.open(frames, value->pool.distributed());
+    if (!account) {
+        PyErr_SetString(PyExc_OverflowError, "65,535 clients have, or had, pages in the kernel");
+        return nullptr;
+    }
+    return SelfAccount::make(type, Ref::borrow(pool), accounts, *account);
+}
+
+PyObject* charge(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t frames;
+    vm::Account* account = account_of(self);
+    if (!account || !unpack("charge", args, nargs, frames)) return nullptr;
+    return PyBool_FromLong(frames <= vm::Account::kNoLimit && account->charge(frames));
+}
+
+PyObject* uncharge(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t frames;
+    vm::Account* account = account_of(self);
+    if (!account || !unpack("uncharge", args, nargs, frames)) return nullptr;
+    if (frames > vm::Account::kNoLimit) {
+        PyErr_SetString(PyExc_ValueError, "more frames than were charged");
+        return nullptr;
+    }
+    account->uncharge(frames);
+    Py_RETURN_NONE;
+}
+
+PyObject* number(PyObject* self, PyObject*) {
+    vm::Account* account = account_of(self);
+    return account ? PyLong_FromLong(account->id()) : nullptr;
+}
+PyObject* used(PyObject* self, PyObject*) {
+    vm::Account* account = account_of(self);
+    return account ? PyLong_FromUnsignedLongLong(account->used()) : nullptr;
+}
+PyObject* limit(PyObject* self, PyObject*) {
+    vm::Account* account = account_of(self);
+    if (!account) return nullptr;
+    if (account->limit() == vm::Account::kNoLimit) Py_RETURN_NONE;
+    return PyLong_FromUnsignedLongLong(account->limit());
+}
+PyObject* share(PyObject* self, PyObject*) {
+    vm::Account* account = account_of(self);
+    return account ? PyLong_FromUnsignedLongLong(SelfAccount::of(self).accounts.share(*account)) : nullptr;
+}
+
+PyObject* close_account(PyObject* self, PyObject*) {
+    SelfAccount::of(self).close();
+    Py_RETURN_NONE;
+}
+
+PyMethodDef account_methods[] = {
+    {"charge", fast(charge), METH_FASTCALL,
+     "charge(frames): count them as the client's; False when its limit is less."},
+    {"uncharge", fast(uncharge), METH_FASTCALL, "uncharge(frames): they are its no more."},
+    {"number", number, METH_NOARGS, "What descriptors of pages call the account: 1 to 65535."},
+    {"used", used, METH_NOARGS, "Frames charged; exact while nobody charges."},
+    {"limit", limit, METH_NOARGS, "How many it may have, or None."},
+    {"share", share, METH_NOARGS, "How many are its share of the budget at this moment."},
+    {"close", close_account, METH_NOARGS, "Nothing is charged any more; the number is free once all is given back."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
 PyMethodDef methods[] = {
     {"reserve", fast(reserve), METH_FASTCALL, "Promise frames to anonymous memory; False when they cannot be had."},
     {"unreserve", fast(unreserve), METH_FASTCALL, "Take a promise to anonymous memory back."},
@@ -93,6 +226,19 @@ PyMethodDef methods[] = {
     {"changes", changes, METH_NOARGS, "Releases and completions so far, for wait()."},
     {"wait", fast(wait), METH_FASTCALL, "Wait until changes() differs from the number given, or a timeout in ms."},
     {"usage", usage, METH_NOARGS, "Frames in use and promised, by kind."},
+    {"free", free_frames, METH_NOARGS, "Frames that nobody uses; an estimate while others take and give."},
+    {"level", level, METH_NOARGS, "By free frames: 0 critical, 1 low, 2 mid, 3 high."},
+    {"low_event", low_event, METH_NOARGS,
+     "The pool's own eventfd: written when the level falls to low or below, and when an allocation must reclaim."},
+    {"check", check, METH_NOARGS, "Whether all frames, promises and accounts add up, at one moment."},
+    {"distribute", fast(distribute), METH_FASTCALL, "distribute(distributed): a stock a processor, or one lock."},
+    {"distributed", distributed, METH_NOARGS, "Whether each processor has a stock."},
+    {"traffic", traffic, METH_NOARGS,
+     "(distributed, uses, moves): how often each processor used it, or all did, and moves between them."},
+    {"uncharge", fast(uncharge_number), METH_FASTCALL, "uncharge(number, frames): give back what an account has."},
+    {"above_share", fast(above_share), METH_FASTCALL,
+     "above_share(number): whether the account had more than its share at the last refresh_shares()."},
+    {"refresh_shares", refresh_shares, METH_NOARGS, "Compare all accounts with their shares."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -100,9 +246,19 @@ PyType_Slot slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(make)},
     {Py_tp_dealloc, reinterpret_cast<void*>(Self::dealloc)},
     {Py_tp_methods, methods},
-    {Py_tp_doc, const_cast<char*>("FramePool(budget, /)\n\nFrames of 4 KiB under a budget (paper 4.2).")},
+    {Py_tp_doc, const_cast<char*>("FramePool(budget, distributed, /)\n\nFrames of 4 KiB under a budget (paper 4.2).")},
     {0, nullptr},
 };
+
+PyType_Slot account_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(make_account)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(SelfAccount::dealloc)},
+    {Py_tp_methods, account_methods},
+    {Py_tp_doc, const_cast<char*>("Account(pool, limit, /)\n\nThe frames of one client (paper 4.2).")},
+    {0, nullptr},
+};
+PyType_Spec account_spec = {"k42._native.Account", sizeof(SelfAccount), 0,
+                            Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, account_slots};
 
 PyType_Spec spec = {"k42._native.FramePool", sizeof(Self), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, slots};
 
@@ -110,7 +266,7 @@ PyType_Spec spec = {"k42._native.FramePool", sizeof(Self), 0, Py_TPFLAGS_DEFAULT
 
 int add_frame_pool(PyObject* module) {
     vm_types.frame_pool = add_type(module, &spec);
-    return vm_types.frame_pool ? 0 : -1;
+    return vm_types.frame_pool && add_type(module, &account_spec) ? 0 : -1;
 }
 
 }  // namespace k42::edge

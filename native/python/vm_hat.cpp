@@ -11,9 +11,7 @@ using Self = Holder<HatValue>;
 
 vm::Hat& hat_of(PyObject* self) { return *Self::of(self).hat; }
 
-// Both kinds are made with (id, region map, number of CPUs).
-bool unpack_hat(const char* type, PyObject* args, PyObject* kwargs, uint64_t& id, PyObject*& regions, uint32_t& cpus) {
-    if (!unpack_new(type, args, kwargs, id, regions, cpus)) return false;
+bool valid_hat(PyObject* regions, uint32_t cpus) {
     if (!checked<RegionMapValue>(regions, vm_types.region_map)) return false;
     if (cpus == 0 || cpus > 65536) {
         PyErr_SetString(PyExc_ValueError, "the number of CPUs must be 1 to 65536");
@@ -23,24 +21,25 @@ bool unpack_hat(const char* type, PyObject* args, PyObject* kwargs, uint64_t& id
 }
 
 PyObject* make_uffd(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-    uint64_t id;
+    uint64_t id, most_spans;
     PyObject* regions;
     uint32_t cpus;
-    if (!unpack_hat("UffdHat", args, kwargs, id, regions, cpus)) return nullptr;
+    if (!unpack_new("UffdHat", args, kwargs, id, regions, cpus, most_spans)) return nullptr;
+    if (!valid_hat(regions, cpus)) return nullptr;
     auto status = vm::StatusPage::create();
     if (!status) return PyErr_SetFromErrno(PyExc_OSError);
     auto commands = vm::CommandRing::create();
     if (!commands) return PyErr_SetFromErrno(PyExc_OSError);
     auto* map = &Holder<RegionMapValue>::of(regions).map;
     return Self::make(type, Ref::borrow(regions),
-                      new vm::UffdHat(id, map, int(cpus), std::move(status), std::move(commands)));
+                      new vm::UffdHat(id, map, int(cpus), std::move(status), std::move(commands), most_spans));
 }
 
 PyObject* make_soft(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     uint64_t id;
     PyObject* regions;
     uint32_t cpus;
-    if (!unpack_hat("SoftHat", args, kwargs, id, regions, cpus)) return nullptr;
+    if (!unpack_new("SoftHat", args, kwargs, id, regions, cpus) || !valid_hat(regions, cpus)) return nullptr;
     auto* map = &Holder<RegionMapValue>::of(regions).map;
     return Self::make(type, Ref::borrow(regions), new vm::SoftHat(id, map, int(cpus)));
 }
@@ -54,19 +53,20 @@ bool valid_cpu(PyObject* self, int cpu) {
 PyObject* add_window(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     int cpu;
     uint64_t base, length, canonical;
-    if (!unpack("add_window", args, nargs, cpu, base, length, canonical) || !valid_cpu(self, cpu)) return nullptr;
-    if (base % vm::kPageSize || length % vm::kPageSize || base + length < base) {
+    bool follows;
+    if (!unpack("add_window", args, nargs, cpu, base, length, canonical, follows) || !valid_cpu(self, cpu))
+        return nullptr;
+    if (base % vm::kPageSize || length == 0 || length % vm::kPageSize || base + length < base) {
         PyErr_SetString(PyExc_ValueError, "a window is whole pages");
         return nullptr;
     }
-    return PyBool_FromLong(hat_of(self).add_window(cpu, base, length, canonical));
+    return PyBool_FromLong(hat_of(self).add_window(cpu, base, length, canonical, follows));
 }
 
 PyObject* remove_window(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
-    int cpu;
     uint64_t base;
-    if (!unpack("remove_window", args, nargs, cpu, base) || !valid_cpu(self, cpu)) return nullptr;
-    return PyBool_FromLong(hat_of(self).remove_window(cpu, base));
+    if (!unpack("remove_window", args, nargs, base)) return nullptr;
+    return PyBool_FromLong(hat_of(self).remove_window(base));
 }
 
 PyObject* canonical(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
@@ -97,6 +97,16 @@ PyObject* wake(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     {
         Detached detached;
         hat_of(self).wake(cpu, address, length);
+    }
+    Py_RETURN_NONE;
+}
+
+PyObject* wake_everywhere(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t address, length;
+    if (!unpack("wake_everywhere", args, nargs, address, length)) return nullptr;
+    {
+        Detached detached;
+        hat_of(self).wake_everywhere(address, length);
     }
     Py_RETURN_NONE;
 }
@@ -135,12 +145,14 @@ PyObject* record(PyObject* self, PyObject*) {
 
 PyMethodDef base_methods[] = {
     {"add_window", fast(add_window), METH_FASTCALL,
-     "add_window(cpu, base, length, canonical): False when it overlaps another of this CPU."},
-    {"remove_window", fast(remove_window), METH_FASTCALL, "remove_window(cpu, base): False when there is none."},
+     "add_window(cpu, base, length, canonical, follows): False when it overlaps another."},
+    {"remove_window", fast(remove_window), METH_FASTCALL, "remove_window(base): False when there is none."},
     {"canonical", fast(canonical), METH_FASTCALL,
      "canonical(cpu, address): which address of its region a window address shows, or None."},
     {"fail", fast(fail), METH_FASTCALL, "fail(cpu, address, length, reason): accesses end in SIGBUS."},
     {"wake", fast(wake), METH_FASTCALL, "wake(cpu, address, length): faults happen again."},
+    {"wake_everywhere", fast(wake_everywhere), METH_FASTCALL,
+     "wake_everywhere(address, length): the same, whichever CPU serves them."},
     {nullptr, nullptr, 0, nullptr},
 };
 PyMethodDef uffd_methods[] = {
@@ -165,7 +177,8 @@ PyType_Slot uffd_slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(make_uffd)},
     {Py_tp_dealloc, reinterpret_cast<void*>(Self::dealloc)},
     {Py_tp_methods, uffd_methods},
-    {Py_tp_doc, const_cast<char*>("UffdHat(id, region_map, cpus, /)\n\nMaps real memory through userfaultfds.")},
+    {Py_tp_doc,
+     const_cast<char*>("UffdHat(id, region_map, cpus, most_spans, /)\n\nMaps real memory through userfaultfds.")},
     {0, nullptr},
 };
 PyType_Slot soft_slots[] = {

@@ -1,5 +1,5 @@
 // k42._native.Region and RegionMap: where a process's addresses lead (paper 4.1 and 4.3).
-#include "vm.hpp"
+#include "vm_variants.hpp"
 
 namespace k42::edge {
 
@@ -15,17 +15,19 @@ vm::Region& region_of(PyObject* self) { return SelfRegion::of(self).region; }
 PyObject* make_region(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     PyObject *cache, *hat;
     uint64_t start, pages, first_page;
-    uint32_t group;
-    if (!unpack_new("Region", args, kwargs, cache, hat, start, pages, first_page, group)) return nullptr;
+    uint32_t group, around;
+    bool tracked;
+    if (!unpack_new("Region", args, kwargs, cache, hat, start, pages, first_page, group, around, tracked)) return nullptr;
     FileCacheValue* cache_value = checked<FileCacheValue>(cache, vm_types.file_cache);
     HatValue* hat_value = checked<HatValue>(hat, vm_types.hat);
     if (!cache_value || !hat_value) return nullptr;
     if (start % vm::kPageSize || pages == 0 || group == 0 || group > vm::FileCache::kMaxGroup ||
+        around > vm::FileCache::kMaxGroup ||
         first_page + pages > cache_value->cache.pages() || first_page + pages < pages) {
         PyErr_SetString(PyExc_ValueError, "a region is whole pages within its file, in groups of 1 to 512 pages");
         return nullptr;
     }
-    return SelfRegion::make(type, Ref::borrow(cache), Ref::borrow(hat), start, pages, first_page, group,
+    return SelfRegion::make(type, Ref::borrow(cache), Ref::borrow(hat), start, pages, first_page, group, around, tracked,
                             &cache_value->cache, hat_value->hat);
 }
 
@@ -50,7 +52,7 @@ PyObject* stop(PyObject* self, PyObject*) {
     bool stopped;
     {
         Detached detached;
-        stopped = region_of(self).gate.stop() == SharedGate::Stop::stopped;
+        stopped = region_of(self).gate.stop() == vm::RegionGate::Stop::stopped;
     }
     return PyBool_FromLong(stopped);
 }
@@ -64,6 +66,8 @@ PyObject* shutdown(PyObject* self, PyObject*) {
     }
     Py_RETURN_NONE;
 }
+
+PyObject* inside(PyObject* self, PyObject*) { return PyLong_FromUnsignedLong(region_of(self).gate.inside()); }
 
 PyObject* group_of(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t canonical;
@@ -79,8 +83,9 @@ PyObject* group_of(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 }
 
 PyObject* make_map(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-    if (!unpack_new("RegionMap", args, kwargs)) return nullptr;
-    return SelfMap::make(type);
+    bool replicated;
+    if (!unpack_new("RegionMap", args, kwargs, replicated)) return nullptr;
+    return SelfMap::make(type, replicated);
 }
 
 PyObject* insert(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
@@ -109,12 +114,30 @@ PyObject* remove(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 
 Py_ssize_t length(PyObject* self) { return Py_ssize_t(SelfMap::of(self).map.size()); }
 
+PyObject* distribute(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    return change("distribute", args, nargs, [&](bool is) { region_of(self).gate.distribute(is); });
+}
+PyObject* distributed(PyObject* self, PyObject*) { return PyBool_FromLong(region_of(self).gate.distributed()); }
+PyObject* region_traffic(PyObject* self, PyObject*) { return to_python(region_of(self).gate.traffic()); }
+
+PyObject* replicate(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    return change("replicate", args, nargs, [&](bool is) { SelfMap::of(self).map.replicate(is); });
+}
+PyObject* replicated(PyObject* self, PyObject*) { return PyBool_FromLong(SelfMap::of(self).map.replicated()); }
+PyObject* map_traffic(PyObject* self, PyObject*) { return to_python(SelfMap::of(self).map.traffic()); }
+
 PyMethodDef region_methods[] = {
     {"enter", enter, METH_NOARGS, "Enter the gate, waiting while it is stopped; False when it was shut down."},
     {"leave", leave, METH_NOARGS, "Leave the gate."},
     {"stop", stop, METH_NOARGS, "Hold newcomers, wait for those inside; False when shut down."},
     {"restart", restart, METH_NOARGS, "Let newcomers in again; False when it was not stopped."},
     {"shutdown", shutdown, METH_NOARGS, "Reject newcomers for ever, wait for those inside."},
+    {"inside", inside, METH_NOARGS, "Requests inside the gate."},
+    {"distribute", fast(distribute), METH_FASTCALL,
+     "distribute(distributed): count the requests by processor, or in one word; waits for those inside."},
+    {"distributed", distributed, METH_NOARGS, "Whether they are counted by processor."},
+    {"traffic", region_traffic, METH_NOARGS,
+     "(distributed, uses, moves): how often each processor used the gate, or all did, and moves between them."},
     {"group_of", fast(group_of), METH_FASTCALL, "group_of(address): (page, first page of its group, pages in it)."},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -122,6 +145,10 @@ PyMethodDef map_methods[] = {
     {"insert", fast(insert), METH_FASTCALL, "insert(region): False when it overlaps another."},
     {"lookup", fast(lookup), METH_FASTCALL, "lookup(address): the start of the region there, or None."},
     {"remove", fast(remove), METH_FASTCALL, "remove(start): False when there is none."},
+    {"replicate", fast(replicate), METH_FASTCALL, "replicate(replicated): a copy for each processor, or one map."},
+    {"replicated", replicated, METH_NOARGS, "Whether there is a copy for each processor."},
+    {"traffic", map_traffic, METH_NOARGS,
+     "(replicated, uses, moves): how often each processor looked up, or all did, and moves between them."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -138,7 +165,8 @@ PyType_Slot map_slots[] = {
     {Py_tp_dealloc, reinterpret_cast<void*>(SelfMap::dealloc)},
     {Py_tp_methods, map_methods},
     {Py_sq_length, reinterpret_cast<void*>(length)},
-    {Py_tp_doc, const_cast<char*>("RegionMap()\n\nDisjoint regions by address (paper 4.1). Keeps none alive.")},
+    {Py_tp_doc,
+     const_cast<char*>("RegionMap(replicated, /)\n\nDisjoint regions by address (paper 4.1). Keeps none alive.")},
     {0, nullptr},
 };
 

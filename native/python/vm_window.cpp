@@ -192,7 +192,7 @@ void dealloc(PyObject* self) {
     Self::dealloc(self);
 }
 
-constexpr uint32_t kRead = 0, kShared = 1, kPrivate = 2;  // what show() makes of a window
+constexpr uint32_t kRead = 0, kShared = 1, kPrivate = 2;  // what show() makes of a window, as Windows::Kind
 
 PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     int memfd, uffd;
@@ -224,7 +224,7 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
         madvise(base, window.size, MADV_DONTFORK) < 0) {
         error = errno;
     } else {
-        error = vm::register_range(uffd, window.base, window.size);
+        error = vm::register_range(uffd, window.base, window.size, mode == kShared);
     }
     if (error == 0 && mprotect(base, window.size, protection) < 0) error = errno;
     if (error) {
@@ -232,7 +232,7 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
         errno = error;
         return PyErr_SetFromErrno(PyExc_OSError);
     }
-    watcher->guard.add_range({window.base, window.size, memfd, offset, mode != kRead, mode == kPrivate});
+    watcher->guard.add_range({window.base, window.size, memfd, offset, vm::Windows::Kind(mode)});
     window.guard = Ref::borrow(guard);
     window.record = vm::list_window(window.base, window.size, offset, name, reinterpret_cast<const void*>(status),
                                     watcher->guard.abandoned());

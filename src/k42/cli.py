@@ -167,12 +167,46 @@ def serve(
     all_cpus: Annotated[
         bool, typer.Option("--all-cpus", help="Serve every CPU, not only those that this process may use.")
     ] = False,
+    objects: Annotated[
+        str,
+        typer.Option(
+            metavar="VARIANT",
+            help="What objects are made of: shared or distributed; single ones otherwise: distributed,region=shared.",
+        ),
+    ] = "distributed",
+    homing: Annotated[
+        bool,
+        typer.Option(
+            "--homing/--no-homing",
+            help="Serve each 2 MiB of a mapping on the CPU of the threads that fault there, wherever it was mapped.",
+        ),
+    ] = True,
+    sticky: Annotated[
+        bool,
+        typer.Option(
+            "--sticky/--no-sticky",
+            help="Keep a thread on one CPU, of those that its program allows, as long as its faults follow each other.",
+        ),
+    ] = True,
 ) -> None:
     """Run the kernel process, which serves the page faults of its clients, until it is ended."""
     from k42.vm import kernel
+    from k42.vm.variants import Variants
 
+    try:
+        Variants.named(objects)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--objects") from None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    kernel.serve(socket=str(socket) if socket else None, budget=budget, linger=linger, all_cpus=all_cpus)
+    kernel.serve(
+        socket=str(socket) if socket else None,
+        budget=budget,
+        linger=linger,
+        all_cpus=all_cpus,
+        homing=homing,
+        sticky=sticky,
+        objects=objects,
+    )
 
 
 @app.command()

@@ -135,8 +135,8 @@ class Served {
         void* base = mmap(nullptr, kLength, writable ? PROT_READ | PROT_WRITE : PROT_READ, flags, memfd, 0);
         CHECK(base != MAP_FAILED);
         const auto address = reinterpret_cast<uint64_t>(base);
-        CHECK_EQUAL(register_range(uffds[0], address, kLength), 0);
-        guard.add_range({address, kLength, memfd, 0, writable, false});
+        CHECK_EQUAL(register_range(uffds[0], address, kLength, writable), 0);
+        guard.add_range({address, kLength, memfd, 0, writable ? Windows::Kind::shared : Windows::Kind::read});
         return static_cast<unsigned char*>(base);
     }
 
@@ -264,8 +264,8 @@ void copies_are_kept() {
     CHECK(memory != MAP_FAILED);
     auto* base = static_cast<unsigned char*>(memory);
     const auto address = reinterpret_cast<uint64_t>(base);
-    CHECK_EQUAL(register_range(served.uffds[0], address, Served::kLength), 0);
-    guard.add_range({address, Served::kLength, served.memfd, 0, true, true});
+    CHECK_EQUAL(register_range(served.uffds[0], address, Served::kLength, false), 0);
+    guard.add_range({address, Served::kLength, served.memfd, 0, Windows::Kind::copies});
     memset(base, 9, Served::kLength);
     for (uint16_t i = 0; i < 20; ++i) {
         commands->post({Command::What::soft_unmap, 0, 0, address, Served::kLength});
@@ -305,7 +305,9 @@ void kernel_stopped(bool gone) {
 }  // namespace
 
 // A signal handler may read a guard's flag for ever.
-extern "C" const char* __lsan_default_suppressions() { return "leak:k42::vm::Guard::Guard"; }
+extern "C" __attribute__((visibility("default"))) const char* __lsan_default_suppressions() {
+    return "leak:k42::vm::Guard::Guard";
+}
 
 int main(int argc, char** argv) {
     start_program(argc, argv);

@@ -1,6 +1,8 @@
 // The plain structures of the virtual memory system alone, against models and under contention: meant for
 // ThreadSanitizer and AddressSanitizer. Mutual exclusion is proved with plain variables, which
 // ThreadSanitizer reports when two threads are let in. Takes a seed.
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <optional>
@@ -253,11 +255,11 @@ void page_order_growth_and_reuse() {
 
 // FramePool
 
-void frames_against_model() {
+void frames_against_model(bool distributed) {
     begin("frames_against_model");
     Random random(seed());
     for (uint64_t budget : {1, 31, 1000}) {
-        FramePool pool(budget);
+        FramePool pool(budget, distributed);
         uint64_t in_use[3] = {}, promised_anonymous = 0, promised_file = 0, changes = 0;
         auto unpromised = [&] { return budget - promised_anonymous - promised_file - in_use[2]; };
         for (int i = 0; i < 20'000; ++i) {
@@ -314,6 +316,9 @@ void frames_against_model() {
             CHECK(usage.file + usage.reserved + usage.overcommitted <= budget);
             CHECK(usage.promised_anonymous + usage.promised_file + usage.overcommitted <= budget);
             CHECK_EQUAL(pool.changes(), changes);
+            CHECK_EQUAL(pool.free(), budget - in_use[0] - in_use[1] - in_use[2]);
+            CHECK(pool.check());
+            if (random.one_in(1'000)) pool.distribute(distributed = !distributed);
         }
         CHECK(pool.wait(changes + 1, kLong));  // differs already
         CHECK(!pool.wait(changes, std::chrono::milliseconds(1)));
@@ -322,15 +327,23 @@ void frames_against_model() {
 
 // Nobody ever holds more than there is; a reservation never fails for want of frames once files are given
 // back.
-void frames_within_budget() {
+void frames_within_budget(bool distributed, bool switching, uint64_t kBudget) {
     begin("frames_within_budget");
-    constexpr uint64_t kBudget = 31;
-    FramePool pool(kBudget);
+    FramePool pool(kBudget, distributed);
     CHECK(pool.promise_file(4));
     std::atomic<int64_t> held{0}, most{0};
     std::atomic<uint64_t> refused{0};
-    in_threads(6, [&](int who) {
+    std::atomic<int> running{6};
+    in_threads(7, [&](int who) {
         Random random(seed() + who);
+        if (who == 6) {
+            for (int i = 0; running.load() > 0; ++i) {
+                CHECK(pool.check());  // at any time
+                if (switching) pool.distribute(i % 2);
+                std::this_thread::yield();
+            }
+            return;
+        }
         const auto backing = Backing(who % 3);
         for (int i = 0; i < 8'000; ++i) {
             const uint64_t frames = 1 + random.below(8);
@@ -349,19 +362,22 @@ void frames_within_budget() {
             }
             if (backing == Backing::reserved) pool.unreserve(frames);
         }
+        running.fetch_sub(1);
     });
     const FramePool::Usage usage = pool.usage();
     CHECK(usage.file == 0 && usage.reserved == 0 && usage.overcommitted == 0);
     CHECK(usage.promised_anonymous == 0 && usage.promised_file == 4);
     CHECK(held == 0 && most > 0);
+    CHECK(pool.allocate(kBudget, Backing::file) == FramePool::Grant::granted);  // wherever they are
+    CHECK(pool.allocate(1, Backing::file) == FramePool::Grant::reclaim);
 }
 
 // One frame for all, and waiting for it: a plain counter shows that only one has it, a wait that ends without
 // a change shows that one was lost.
-void frames_wait() {
+void frames_wait(bool distributed) {
     begin("frames_wait");
     constexpr int kThreads = 5, kTurns = 1'500;
-    FramePool pool(1);
+    FramePool pool(1, distributed);
     long plain = 0;
     in_threads(kThreads, [&](int who) {
         Random random(seed() + who);
@@ -381,6 +397,107 @@ void frames_wait() {
     CHECK_EQUAL(pool.changes(), uint64_t{kThreads} * kTurns);
 }
 
+// The level falls once for each fall, and the event says so; none where the budget is too small to keep frames free.
+void frame_levels(bool distributed) {
+    begin("frame_levels");
+    using Level = FramePool::Level;
+    for (uint64_t budget : {1, 15, 31, 1'000, 1'000'000}) {
+        FramePool pool(budget, distributed);
+        const int event = pool.low_event();
+        CHECK(event >= 0);
+        auto told = [&] {
+            uint64_t count = 0;
+            return read(event, &count, sizeof count) == sizeof count;
+        };
+        const uint64_t low = std::min<uint64_t>(budget / 16, 16384);
+        for (int turn = 0; turn < 2; ++turn) {
+            CHECK(pool.level() == Level::high && !told());
+            uint64_t taken = budget - low;
+            CHECK(pool.allocate(taken, Backing::file) == FramePool::Grant::granted);
+            CHECK(pool.level() == (low ? Level::mid : Level::high));
+            CHECK(!told());
+            for (; taken < budget; ++taken) CHECK(pool.allocate(1, Backing::file) == FramePool::Grant::granted);
+            CHECK_EQUAL(told(), low > 0);
+            CHECK(pool.level() == (low >= 4 ? Level::critical : low ? Level::low : Level::high));
+            CHECK(pool.allocate(1, Backing::file) == FramePool::Grant::reclaim && told() && !told());
+            pool.release(taken, Backing::file);
+        }
+    }
+}
+
+// Accounts: exact at the limit whoever charges, on whatever thread frames come back.
+void account_limits(bool distributed, uint64_t limit) {
+    begin("account_limits");
+    FramePool pool(1'000, distributed);
+    Account* account = pool.accounts().open(limit, distributed);
+    std::atomic<int64_t> held{0};
+    std::atomic<uint64_t> left{0};  // charged by one thread, for any other to give back
+    std::atomic<int> running{5};
+    in_threads(6, [&](int who) {
+        Random random(seed() + who);
+        if (who == 5) {
+            for (int i = 0; running.load() > 0; ++i) {
+                CHECK(account->check());
+                account->distribute(i % 2);
+                std::this_thread::yield();
+            }
+            return;
+        }
+        for (int i = 0; i < 8'000; ++i) {
+            const uint64_t frames = 1 + random.below(std::min<uint64_t>(limit, 4));
+            if (account->charge(frames)) {
+                CHECK(held.fetch_add(int64_t(frames)) + int64_t(frames) <= int64_t(limit));
+                left.fetch_add(frames);
+            }
+            const uint64_t back = left.exchange(0);
+            held.fetch_sub(int64_t(back));
+            account->uncharge(back);
+        }
+        running.fetch_sub(1);
+    });
+    CHECK_EQUAL(account->used(), 0u);
+    CHECK(account->charge(limit) && !account->charge(1));
+    CHECK_EQUAL(account->used(), limit);
+    account->uncharge(limit);
+    pool.accounts().close(account);
+}
+
+// Numbers come back once their account is closed and empty, and never while a frame stands on it.
+void account_numbers() {
+    begin("account_numbers");
+    FramePool pool(100, true);
+    Accounts& accounts = pool.accounts();
+    CHECK(accounts.above_share(0) && !accounts.find(0));
+    for (int round = 0; round < 70'000; ++round) {
+        Account* account = accounts.open(std::nullopt, round % 2);
+        CHECK(account && account->id() > 0 && accounts.find(account->id()) == account);
+        accounts.close(account);
+    }
+    Account* greedy = accounts.open(std::nullopt, true);
+    Account* modest = accounts.open(10, true);
+    const uint16_t number = greedy->id();
+    CHECK(greedy->charge(60) && modest->charge(10) && !modest->charge(1));
+    accounts.refresh();
+    CHECK(accounts.above_share(number) && !accounts.above_share(modest->id()));
+    CHECK(accounts.share(*greedy) == 50 && accounts.share(*modest) == 10);
+    greedy->uncharge(10);
+    accounts.refresh();
+    CHECK(!accounts.above_share(number));
+    accounts.close(greedy);
+    CHECK(!greedy->charge(1) && accounts.above_share(number));  // its 50 frames are still there
+    for (int round = 0; round < 200; ++round) {
+        Account* other = accounts.open(std::nullopt, true);
+        CHECK(other->id() != number);
+        accounts.close(other);
+    }
+    in_threads(2, [&](int) { accounts.uncharge(number, 25); });
+    accounts.refresh();
+    CHECK(!accounts.find(number));
+    accounts.close(modest);
+    accounts.uncharge(modest->id(), 10);
+    CHECK(accounts.check() && accounts.size() == 0);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -390,8 +507,15 @@ int main(int argc, char** argv) {
     page_lock_waits();
     page_waiters_keep_descriptor();
     page_order_growth_and_reuse();
-    frames_against_model();
-    frames_within_budget();
-    frames_wait();
+    for (bool distributed : {false, true}) {
+        frames_against_model(distributed);
+        frames_within_budget(distributed, false, 31);
+        frames_wait(distributed);
+        frame_levels(distributed);
+        for (uint64_t limit : {1, 7, 2'000}) account_limits(distributed, limit);
+    }
+    frames_within_budget(true, false, 10'000);
+    frames_within_budget(true, true, 31);
+    account_numbers();
     std::puts("ok");
 }

@@ -105,6 +105,7 @@ class WitnessHat final : public Hat {
         }
         return {length, 0};
     }
+    void wake_everywhere(uint64_t, uint64_t) override {}
     void wake(int, uint64_t, uint64_t) override { wakes_.fetch_add(1, std::memory_order_relaxed); }
     void fail(int, uint64_t, uint64_t, const std::string&) override {
         failures_.fetch_add(1, std::memory_order_relaxed);
@@ -543,50 +544,63 @@ void sticky_affinity() {
         std::puts("  SKIPPED: one CPU only, nothing to stick to");
         return;
     }
-    const int cpu = all[1];
-    const std::vector<int> one{cpu};
+    const std::vector<int> one{all[1]};
     const pid_t pid = getpid();
     const auto tid = pid_t(syscall(SYS_gettid));
     using S = StickyAffinity;
     uint64_t now = 1'000'000'000;
     auto burst = [&](S& sticky, pid_t process, pid_t thread, uint32_t faults, uint64_t gap) {
-        for (uint32_t i = 0; i < faults; ++i) sticky.fault(process, thread, now += gap);
+        int place = -1;
+        for (uint32_t i = 0; i < faults; ++i) place = sticky.fault(process, thread, Hold::anywhere, now += gap);
+        return place;
     };
     {
-        S sticky(cpu);
-        burst(sticky, pid, tid, S::kBurst - 1, 1000);
+        Placement placement(all);
+        S sticky(placement, 1);
+        CHECK_EQUAL(burst(sticky, pid, tid, S::kBurst - 1, 1000), -1);
         CHECK(machine_cpus() == all && sticky.kept() == 0);
-        burst(sticky, pid, tid, 1, 1000);
+        CHECK_EQUAL(burst(sticky, pid, tid, 1, 1000), 1);
         CHECK(machine_cpus() == one && sticky.kept() == 1);
-        burst(sticky, pid, tid, 100, 1000);
+        burst(sticky, pid, tid, 3000, 1000);
         CHECK(sticky.kept() == 1);
         CHECK(sticky.release_idle(now + S::kIdle - 1) && machine_cpus() == one);
         CHECK(!sticky.release_idle(now + S::kIdle) && machine_cpus() == all);
         now += S::kIdle;
         // Faults now and then are no burst.
-        burst(sticky, pid, tid, 20, S::kGap + 1);
+        CHECK_EQUAL(burst(sticky, pid, tid, 20, S::kGap + 1), -1);
         CHECK(machine_cpus() == all && sticky.kept() == 1);
-        // A thread of another process than it says is left alone.
-        S other(cpu);
-        burst(other, 1, tid, 10, 1000);
+        // A thread of another process than it says is left alone; so is one that is not to be held.
+        S other(placement, 1);
+        CHECK_EQUAL(burst(other, 1, tid, 10, 1000), -1);
         CHECK(machine_cpus() == all && other.kept() == 0);
-        // The end of the server gives all masks back.
+        now += S::kIdle;
+        other.release_idle(now);
+        for (int i = 0; i < 10; ++i) CHECK_EQUAL(other.fault(pid, tid, Hold::nowhere, now += 1000), -1);
+        CHECK(machine_cpus() == all && other.kept() == 0);
+        // The end gives all masks back.
         burst(sticky, pid, tid, S::kBurst + 1, 1000);
         CHECK(machine_cpus() == one && sticky.kept() == 2);
+        placement.release_all();
+        CHECK(machine_cpus() == all);
+        // A thread whose mask came back in the middle of a burst is placed anew.
+        CHECK_EQUAL(burst(sticky, pid, tid, S::kBurst, 1000), 1);
+        CHECK(machine_cpus() == one);
     }
     CHECK(machine_cpus() == all);
-    {  // A mask that the program sets meanwhile stays; one CPU alone is the program's wish.
-        S sticky(cpu);
+    {  // A mask that the program sets meanwhile stays, and is found out; one CPU alone is the program's wish.
+        Placement placement(all);
+        S sticky(placement, 1);
         burst(sticky, pid, tid, S::kBurst, 1000);
         CHECK(machine_cpus() == one);
         cpu_set_t mine;
         CPU_ZERO(&mine);
         CPU_SET(all[0], &mine);
         CHECK(sched_setaffinity(0, sizeof mine, &mine) == 0);
-        sticky.release_all();
+        CHECK_EQUAL(burst(sticky, pid, tid, S::kCheck + S::kBurst, 1000), 0);  // where it belongs now
+        placement.release_all();
         CHECK(machine_cpus() == std::vector<int>{all[0]});
         now += S::kIdle;
-        burst(sticky, pid, tid, 10, 1000);
+        CHECK_EQUAL(burst(sticky, pid, tid, 10, 1000), 0);
         CHECK(machine_cpus() == std::vector<int>{all[0]});
         CHECK_EQUAL(sticky.kept(), uint64_t{1});
     }
@@ -594,16 +608,104 @@ void sticky_affinity() {
     CPU_ZERO(&mask);
     for (int c : all) CPU_SET(c, &mask);
     CHECK(sched_setaffinity(0, sizeof mask, &mask) == 0);
-    {  // Two servers want the same thread: whoever comes second leaves it, and the first gives it back.
-        S first(all[0]), second(all[1]);
-        burst(first, pid, tid, S::kBurst, 1000);
-        burst(second, pid, tid, S::kBurst, 1000);
+    {  // Faults of one thread on two CPUs: it stays where it was held first, until both have seen it idle.
+        Placement placement(all);
+        S first(placement, 0), second(placement, 1);
+        CHECK_EQUAL(burst(first, pid, tid, S::kBurst, 1000), 0);
+        CHECK_EQUAL(burst(second, pid, tid, S::kBurst + 1, S::kIdle / 8), 0);
+        CHECK(machine_cpus() == std::vector<int>{all[0]} && second.kept() == 0);
+        burst(second, pid, tid, 20, S::kIdle / 2);
+        first.release_idle(now);  // has not seen it for long
         CHECK(machine_cpus() == std::vector<int>{all[0]});
-        second.release_all();
-        CHECK(machine_cpus() == std::vector<int>{all[0]});
-        first.release_all();
+        CHECK(!second.release_idle(now + S::kIdle));
         CHECK(machine_cpus() == all);
+        now += S::kIdle;
     }
+    {  // Two threads at one server: the second is held elsewhere.
+        Placement placement(all);
+        S server(placement, 1);
+        CHECK_EQUAL(burst(server, pid, tid, S::kBurst, 1000), 1);
+        std::thread([&] {
+            cpu_set_t every = mask;
+            CHECK(sched_setaffinity(0, sizeof every, &every) == 0);
+            CHECK(burst(server, pid, pid_t(syscall(SYS_gettid)), S::kBurst, 1000) != 1);
+            CHECK(machine_cpus().size() == 1 && machine_cpus() != one);
+        }).join();
+    }
+    CHECK(machine_cpus() == all);
+}
+
+// What is known of the spans of a window, against a model in plain arrays.
+void span_homes() {
+    begin("span_homes");
+    Random random(seed());
+    for (int round = 0; round < 40; ++round) {
+        const uint64_t base = (1000 + random.below(8)) * kSpan + random.below(512) * kPageSize;
+        const uint64_t length = (1 + random.below(40 * 512)) * kPageSize;
+        Spans spans(base, length, 0);
+        std::map<uint64_t, int> home;  // by number of the span
+        uint64_t ranges = 0, most = random.one_in(3) ? random.below(6) : 1000;
+        uint32_t now = 4000;
+        for (int step = 0; step < 500; ++step) {
+            now += uint32_t(random.below(3));
+            const uint64_t address = base + random.below(length / kPageSize) * kPageSize;
+            spans.note(address, now);
+            const int from = home[address / kSpan], to = int(random.below(3));
+            if (to == from) continue;
+            const bool rests = spans.rests(address, now);
+            const auto move = spans.follow(address, from, to, now, ranges, most);
+            if (rests) CHECK(!move);
+            if (!move) {
+                CHECK(rests || ranges + 2 > most);
+                continue;
+            }
+            CHECK(move->from == from && move->to == to && address - move->address < move->length);
+            CHECK(move->address >= base && move->address + move->length <= base + length);
+            CHECK(move->address == base || move->address % kSpan == 0);
+            CHECK(move->address + move->length == base + length || (move->address + move->length) % kSpan == 0);
+            for (uint64_t at = move->address / kSpan; at <= (move->address + move->length - 1) / kSpan; ++at) {
+                CHECK_EQUAL(home[at], from);
+                home[at] = to;
+            }
+            CHECK(spans.rests(address, now));
+            uint64_t splits = 0;
+            for (uint64_t at = base / kSpan + 1; at <= (base + length - 1) / kSpan; ++at) {
+                splits += home[at] != home[at - 1];
+            }
+            CHECK_EQUAL(splits, spans.splits());
+            CHECK_EQUAL(splits, ranges);
+            CHECK(splits <= most);
+        }
+        // Idle ones are found once, all of them, in ranges of one home.
+        std::set<uint64_t> found;
+        const uint64_t mapped = spans.mapped();
+        uint32_t steps = 1'000'000;
+        CHECK(!spans.idle(now, steps));
+        for (;;) {
+            const auto idle = spans.idle(now + 2 * Spans::kIdle, steps);
+            if (!idle) break;
+            CHECK(idle->from == idle->to);
+            for (uint64_t at = idle->address / kSpan; at <= (idle->address + idle->length - 1) / kSpan; ++at) {
+                CHECK_EQUAL(home[at], idle->to);
+                CHECK(found.insert(at).second);
+            }
+        }
+        CHECK_EQUAL(found.size(), mapped);
+        CHECK_EQUAL(spans.mapped(), uint64_t{0});
+    }
+    // Two CPUs that share a span: each move is damped twice as much as the one before.
+    Spans spans(kSpan, kSpan, 0);
+    uint64_t ranges = 0;
+    uint32_t now = 1;
+    int moves = 0, home = 0;
+    for (; now < 60'000; ++now) {
+        if (!spans.follow(kSpan, home, 1 - home, now, ranges, 10)) continue;
+        home = 1 - home;
+        ++moves;
+    }
+    CHECK(moves > 10 && moves < 26);
+    CHECK(spans.follow(kSpan, home, 1 - home, now + 100'000, ranges, 10));
+    CHECK(!spans.rests(kSpan, now + 100'000 + Spans::kRest));  // long at peace: as new
 }
 
 // Real memory
@@ -615,7 +717,7 @@ struct RealWorld : World {
           cpus(machine_cpus()),
           pages(pages_),
           hat(new UffdHat(1, &regions, int(cpus.size()), StatusPage::create(), CommandRing::create())),
-          engine(cpus, stick) {
+          engine(cpus, stick, stick) {
         for (size_t cpu = 0; cpu < cpus.size(); ++cpu) {
             void* window = mmap(nullptr, length(), PROT_READ | PROT_WRITE, MAP_SHARED, memory.fd(), 0);
             CHECK(window != MAP_FAILED);
@@ -865,7 +967,7 @@ void real_unmap() {
         Memory memory(256);
         const std::vector<int> cpus = machine_cpus();
         auto* hat = new UffdHat(1, &regions, int(cpus.size()), StatusPage::create(), CommandRing::create());
-        Engine engine(cpus, true);
+        Engine engine(cpus, true, true);
         engine.start();
         auto cache = std::make_unique<FileCache>(&pool, memory.another_fd(), 256, Fill::zero, Backing::overcommitted);
         constexpr uint64_t kLength = 256 * kPageSize;
@@ -910,8 +1012,8 @@ void real_unmap() {
         region->gate.shutdown();
         for (size_t cpu = 0; cpu < cpus.size(); ++cpu) {
             const auto base = reinterpret_cast<uint64_t>(windows[cpu]);
-            CHECK(hat->remove_window(int(cpu), base));
-            hat->wake(int(cpu), base, kLength);
+            CHECK(hat->remove_window(base));
+            hat->wake_everywhere(base, kLength);
         }
         CHECK(regions.remove(start) == region.get());
         engine.synchronize();
@@ -956,7 +1058,7 @@ void real_stale_hand_up() {
     CHECK_EQUAL(register_range(uffd, base, kLength), 0);
     Region region(start, kPages, 0, kPages, &old.cache, hat);
     CHECK(old.regions.insert(start, start + kLength, &region) && hat->add_window(0, base, kLength, start));
-    Engine engine(cpus, false);
+    Engine engine(cpus, false, false);
     engine.start();
     CHECK(engine.add(hat, 0, getpid()));
 
@@ -970,7 +1072,7 @@ void real_stale_hand_up() {
     first.join();
     second.join();
 
-    CHECK(hat->remove_window(0, base));
+    CHECK(hat->remove_window(base));
     CHECK(mmap(reinterpret_cast<void*>(base), kLength, PROT_READ, MAP_SHARED | MAP_FIXED, now.memory.fd(), 0) !=
           MAP_FAILED);
     CHECK_EQUAL(register_range(uffd, base, kLength), 0);
@@ -1025,7 +1127,7 @@ void real_engine_stop() {
         auto* hat = new UffdHat(1, &regions, int(cpus.size()), StatusPage::create(), CommandRing::create());
         for (size_t cpu = 0; cpu < cpus.size(); ++cpu) CHECK(hat->attach(int(cpu), open_userfaultfd(false)));
         {
-            Engine engine(cpus, true);
+            Engine engine(cpus, true, true);
             if (round % 8) engine.start();
             std::atomic<bool> stopped{false};
             in_threads(5, [&](int who) {
@@ -1059,6 +1161,7 @@ int main(int argc, char** argv) {
     start_program(argc, argv);
     status_page();
     sticky_affinity();
+    span_homes();
     waiters_are_woken();
     zero_fill_once(1, Backing::reserved, 256);
     zero_fill_once(16, Backing::overcommitted, 256);

@@ -67,12 +67,12 @@ class World:
         self.hat = SoftHat.create(1, self.process.region_map(), CPUS)
         self.process.attach_hat(self.hat)
         self.global_pm.promise_file(max(setup.group, self.global_pm.cluster()))
-        file = SharedFCM.create(self.global_pm, FileFR.create(os.open(path, os.O_RDONLY), path), Backing.FILE)
+        file = SharedFCM.create(self.global_pm, FileFR.create(os.open(path, os.O_RDONLY), path), Backing.FILE, CPUS)
         self.global_pm.attach_fcm(file)
         if not setup.overcommit:
             self.global_pm.reserve(setup.anonymous_pages)
         backing = Backing.OVERCOMMITTED if setup.overcommit else Backing.RESERVED
-        anonymous = SharedFCM.create(self.global_pm, ZeroFR.create(setup.anonymous_pages * PAGE), backing)
+        anonymous = SharedFCM.create(self.global_pm, ZeroFR.create(setup.anonymous_pages * PAGE), backing, CPUS)
         self.fcms = {"file": file, "anonymous": anonymous}
         self.starts = {"file": BASE, "anonymous": BASE + (1 << 30)}
         self.pages = {"file": setup.file_pages, "anonymous": setup.anonymous_pages}
@@ -102,7 +102,7 @@ class World:
                 case (str(kind), float(where), int(cpu)):
                     offset = int(where * self.pages[kind]) * PAGE
                     address = self.windows[kind, cpu] + offset
-                    if natively and self.engine.handle(self.hat.native(), cpu, address):
+                    if natively and self.engine.handle(self.hat.native(), cpu, address, False):
                         continue
                     self.process.handle_fault(Fault(cpu, address, self.starts[kind] + offset))
 

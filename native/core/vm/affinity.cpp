@@ -5,6 +5,8 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <tuple>
 
 namespace k42::vm {
 
@@ -22,56 +24,114 @@ pid_t newest_task() {
     return newest;
 }
 
+// The CPU on which the thread last ran; -1: it is not one of this process.
+int last_cpu(pid_t pid, pid_t tid) {
+    char text[1024];
+    snprintf(text, sizeof text, "/proc/%d/task/%d/stat", pid, tid);
+    FILE* file = fopen(text, "re");
+    if (!file) return -1;
+    const size_t size = fread(text, 1, sizeof text - 1, file);
+    fclose(file);
+    text[size] = 0;
+    // The name, in parentheses, may have any characters; the CPU is the 37th word after it.
+    const char* at = strrchr(text, ')');
+    for (int word = 0; at && word < 37; ++word) at = strchr(at + 1, ' ');
+    return at ? atoi(at) : -1;
+}
+
 }  // namespace
 
-void StickyAffinity::fault(pid_t pid, pid_t tid, uint64_t now) {
-    for (Thread& thread : threads_) {
-        if (thread.tid != tid) continue;
-        if (now - thread.last > kGap && !thread.held) thread.faults = 0;
-        thread.last = now;
-        if (++thread.faults == kBurst && !thread.held) {  // not again when the count has wrapped: `own` is kept
-            hold(thread);
-            kept_ += thread.held;
+Placement::Place Placement::place(pid_t pid, pid_t tid, int here, Hold hold, uint64_t now) {
+    std::lock_guard guard(lock_);
+    if (const auto found = held_.find(tid); found != held_.end()) return {found->second->place, found->second, false};
+    cpu_set_t own;
+    if (sched_getaffinity(tid, sizeof own, &own) != 0) return {-1, nullptr, false};
+    if (CPU_COUNT(&own) == 1) {  // its program has decided
+        for (size_t i = 0; i < cpus_.size(); ++i) {
+            if (CPU_ISSET(cpus_[i], &own)) return {int(i), nullptr, false};
         }
-        return;
+        return {-1, nullptr, false};
     }
-    Thread thread{};
-    thread.pid = pid;
-    thread.tid = tid;
-    thread.last = now;
-    thread.faults = 1;
-    threads_.push_back(thread);
+    const int place = hold != Hold::nowhere ? choose(own, pid, tid, here, hold) : -1;
+    if (place < 0) return {-1, nullptr, false};
+    auto held = std::make_shared<Held>();
+    held->pid = pid;
+    held->tid = tid;
+    held->place = place;
+    held->own = own;
+    held->newest = newest_task();
+    held->last.store(now, std::memory_order_relaxed);
+    cpu_set_t there;
+    CPU_ZERO(&there);
+    CPU_SET(cpus_[place], &there);
+    if (sched_setaffinity(tid, sizeof there, &there) != 0) return {-1, nullptr, false};
+    held_[tid] = held;
+    ++count_[place];
+    return {place, held, true};
 }
 
-void StickyAffinity::hold(Thread& thread) const {
+int Placement::choose(const cpu_set_t& own, pid_t pid, pid_t tid, int here, Hold hold) const {
     // The number comes from Linux, but as its process numbers threads: make sure it is that process's thread here.
-    char path[64];
-    snprintf(path, sizeof path, "/proc/%d/task/%d", thread.pid, thread.tid);
-    if (access(path, F_OK) != 0) return;
-    if (sched_getaffinity(thread.tid, sizeof thread.own, &thread.own) != 0) return;
-    // Its program, or the server of another CPU, has decided already; or never wants it here.
-    if (CPU_COUNT(&thread.own) < 2 || !CPU_ISSET(cpu_, &thread.own)) return;
-    cpu_set_t here;
-    CPU_ZERO(&here);
-    CPU_SET(cpu_, &here);
-    thread.newest = newest_task();
-    thread.held = sched_setaffinity(thread.tid, sizeof here, &here) == 0;
+    const int last = last_cpu(pid, tid);
+    if (last < 0) return -1;
+    const auto allowed = [&](size_t i) { return CPU_ISSET(cpus_[i], &own); };
+    if (hold == Hold::here) return allowed(size_t(here)) ? here : -1;
+    int chosen = -1;
+    const auto rank = [&](int i) { return std::tuple(count_[i], i != here, cpus_[i] != last); };
+    for (size_t i = 0; i < cpus_.size(); ++i) {
+        if (allowed(i) && (chosen < 0 || rank(int(i)) < rank(chosen))) chosen = int(i);
+    }
+    return chosen;
 }
 
-void StickyAffinity::give_back(Thread& thread) const {
-    if (!thread.held) return;
-    widen(thread.tid, thread.own);
+void Placement::forget(const std::shared_ptr<Held>& held) {
+    held->active.store(false, std::memory_order_relaxed);
+    --count_[held->place];
+    held_.erase(held->tid);
+}
+
+bool Placement::still_held(const std::shared_ptr<Held>& held) {
+    std::lock_guard guard(lock_);
+    cpu_set_t mask;
+    if (!held->active.load(std::memory_order_relaxed)) return false;
+    if (sched_getaffinity(held->tid, sizeof mask, &mask) == 0 && only(mask, cpus_[held->place])) return true;
+    forget(held);
+    return false;
+}
+
+void Placement::release(const std::shared_ptr<Held>& held, uint64_t now, uint64_t idle) {
+    std::lock_guard guard(lock_);
+    if (!held->active.load(std::memory_order_relaxed)) return;
+    // Another server's clock reading may be newer than ours.
+    if (int64_t(now - held->last.load(std::memory_order_relaxed)) < int64_t(idle)) return;
+    give_back(*held);
+    forget(held);
+}
+
+void Placement::release_all() {
+    std::lock_guard guard(lock_);
+    while (!held_.empty()) {
+        const std::shared_ptr<Held> held = held_.begin()->second;
+        give_back(*held);
+        forget(held);
+    }
+}
+
+void Placement::give_back(const Held& held) const {
+    widen(held.tid, held);
     const pid_t newest = newest_task();
-    if (newest != thread.newest) widen_newer(thread.pid, thread, newest);
+    if (newest != held.newest) widen_newer(held.pid, held, newest);
 }
 
-void StickyAffinity::widen(pid_t task, const cpu_set_t& own) const {
+void Placement::widen(pid_t task, const Held& holder) const {
     cpu_set_t mask;
     // A mask that the program changed meanwhile is left alone.
-    if (sched_getaffinity(task, sizeof mask, &mask) == 0 && only(mask, cpu_)) sched_setaffinity(task, sizeof own, &own);
+    if (sched_getaffinity(task, sizeof mask, &mask) == 0 && only(mask, cpus_[holder.place])) {
+        sched_setaffinity(task, sizeof holder.own, &holder.own);
+    }
 }
 
-void StickyAffinity::widen_newer(pid_t pid, const Thread& holder, pid_t newest) const {
+void Placement::widen_newer(pid_t pid, const Held& holder, pid_t newest) const {
     // Numbers are given in ascending order, and start again at the end.
     const auto is_newer = [&](pid_t task) {
         return newest > holder.newest ? task > holder.newest && task <= newest : task > holder.newest || task <= newest;
@@ -83,7 +143,7 @@ void StickyAffinity::widen_newer(pid_t pid, const Thread& holder, pid_t newest) 
     while (const dirent* entry = readdir(tasks)) {
         const pid_t task = atoi(entry->d_name);
         if (task == 0) continue;
-        if (is_newer(task)) widen(task, holder.own);
+        if (is_newer(task)) widen(task, holder);
         snprintf(path, sizeof path, "/proc/%d/task/%d/children", pid, task);
         FILE* children = fopen(path, "re");
         pid_t child;
@@ -95,22 +155,47 @@ void StickyAffinity::widen_newer(pid_t pid, const Thread& holder, pid_t newest) 
     closedir(tasks);
 }
 
+int StickyAffinity::fault(pid_t pid, pid_t tid, Hold hold, uint64_t now) {
+    for (Thread& thread : threads_) {
+        if (thread.tid != tid) continue;
+        if (thread.held && (!thread.held->active.load(std::memory_order_relaxed) ||
+                            (thread.faults % kCheck == 0 && !placement_.still_held(thread.held)))) {
+            thread.held.reset();
+            thread.faults = 0;
+            thread.place = -1;
+        }
+        if (now - thread.last > kGap && !thread.held) {
+            thread.faults = 0;
+            thread.place = -1;
+        }
+        thread.last = now;
+        if (++thread.faults == kBurst && !thread.held) {
+            Placement::Place place = placement_.place(pid, tid, here_, hold, now);
+            thread.place = place.cpu;
+            thread.held = std::move(place.held);
+            kept_ += place.fresh;
+        }
+        // Not at each fault: a thread that is on its way here may still fault elsewhere.
+        if (thread.held && now - thread.held->last.load(std::memory_order_relaxed) > kIdle / 4) {
+            thread.held->last.store(now, std::memory_order_relaxed);
+        }
+        return thread.place;
+    }
+    threads_.push_back({tid, now, 1, -1, nullptr});
+    return -1;
+}
+
 bool StickyAffinity::release_idle(uint64_t now) {
     for (size_t i = 0; i < threads_.size();) {
         if (now - threads_[i].last < kIdle) {
             ++i;
             continue;
         }
-        give_back(threads_[i]);
-        threads_[i] = threads_.back();
+        if (threads_[i].held) placement_.release(threads_[i].held, now, kIdle);
+        threads_[i] = std::move(threads_.back());
         threads_.pop_back();
     }
     return !threads_.empty();
-}
-
-void StickyAffinity::release_all() {
-    for (Thread& thread : threads_) give_back(thread);
-    threads_.clear();
 }
 
 }  // namespace k42::vm

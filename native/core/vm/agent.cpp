@@ -188,7 +188,7 @@ void Agent::execute(const Command& command) {
     // addresses is the program's, and not ours to touch.
     std::lock_guard guard(windows_.changing);
     const auto range = windows_.find(command.address, command.length);
-    if (!range || range->copies) return;
+    if (!range || range->kind == Windows::Kind::copies) return;
     switch (command.what) {
         case Command::What::soft_unmap:
             madvise(reinterpret_cast<void*>(command.address), command.length, MADV_DONTNEED);
@@ -209,14 +209,15 @@ void Agent::rehome(const Command& command, const Windows::Range& range) {
     const int before = windows_.uffd_of(command.from);
     if (uffd < 0) return;
     void* const place = reinterpret_cast<void*>(command.address);
-    const int flags = (range.writable ? MAP_SHARED : MAP_PRIVATE) | MAP_NORESERVE;
+    const bool shared = range.kind == Windows::Kind::shared;
+    const int flags = (shared ? MAP_SHARED : MAP_PRIVATE) | MAP_NORESERVE;
     const auto offset = off_t(range.offset + (command.address - range.base));
     // Nobody can touch it while it is not registered, or in a child that is forked now.
     void* const fresh = mmap(nullptr, command.length, PROT_NONE, flags, range.memfd, offset);
     if (fresh == MAP_FAILED) return;
-    const int protection = range.writable ? PROT_READ | PROT_WRITE : PROT_READ;
+    const int protection = shared ? PROT_READ | PROT_WRITE : PROT_READ;
     const bool moved = madvise(fresh, command.length, MADV_DONTFORK) == 0 &&
-                       register_range(uffd, reinterpret_cast<uint64_t>(fresh), command.length) == 0 &&
+                       register_range(uffd, reinterpret_cast<uint64_t>(fresh), command.length, shared) == 0 &&
                        mprotect(fresh, command.length, protection) == 0 &&
                        mremap(fresh, command.length, command.length, MREMAP_MAYMOVE | MREMAP_FIXED, place) == place;
     if (!moved) {

@@ -83,13 +83,15 @@ class CommandReader {
 
 // What the client's native threads know of one connection: its windows, and the userfaultfds that serve them.
 struct Windows {
+    // What Linux maps: for reading; shared and writable, writes tracked; or writable, and what is written is copied for
+    // the client alone: such copies are nowhere else, so that nothing is to unmap them.
+    enum class Kind : uint8_t { read, shared, copies };
     struct Range {
         uint64_t base;
         uint64_t length;
         int memfd;  // the mapping's, open as long as the range is listed
         uint64_t offset;
-        bool writable;
-        bool copies;  // private copies of Linux's may be in it: its pages are the client's, not the cache's alone
+        Kind kind;
     };
 
     // Protects what the ranges show: held while a command is executed, and while a range is delisted. Whoever holds

@@ -26,8 +26,9 @@ uint64_t now_ns() {
 
 }  // namespace
 
-Engine::Engine(std::vector<int> cpus, bool stick) : cpus_(std::move(cpus)), stick_(stick) {
-    for (int cpu : cpus_) servers_.push_back(std::make_unique<Server>(cpu));
+Engine::Engine(std::vector<int> cpus, bool sticky, bool homing)
+    : cpus_(std::move(cpus)), sticky_(sticky), homing_(homing), placement_(cpus_) {
+    for (size_t i = 0; i < cpus_.size(); ++i) servers_.push_back(std::make_unique<Server>(placement_, int(i)));
 }
 
 Engine::~Engine() { stop(); }
@@ -67,11 +68,13 @@ void Engine::stop() {
         server->queue.clear();
         server->queue_filled.notify_all();
     }
+    placement_.release_all();
 }
 
-bool Engine::add(UffdHat* hat, int cpu, pid_t pid) {
+bool Engine::add(UffdHat* hat, int cpu, pid_t pid, bool sticky, bool homing) {
     Server& server = *servers_[cpu];
-    auto client = std::make_unique<Client>(Client{hat, pid, hat->descriptor(cpu)});
+    auto client =
+        std::make_unique<Client>(Client{hat, pid, hat->descriptor(cpu), sticky && sticky_, homing && homing_});
     epoll_event event{};
     event.events = EPOLLIN;
     event.data.ptr = client.get();
@@ -116,7 +119,7 @@ void Engine::serve(int cpu) {
     bool watching = false;  // some threads may have to get their masks back
     while (!stopping_.load(std::memory_order_relaxed)) {
         const int ready = epoll_wait(server.epoll, events, kBatch, watching ? 1 : -1);
-        const uint64_t now = stick_ ? now_ns() : 0;
+        const uint64_t now = now_ns();
         for (int i = 0; i < ready; ++i) {
             if (!events[i].data.ptr) continue;
             std::lock_guard guard(server.clients_lock);
@@ -125,12 +128,11 @@ void Engine::serve(int cpu) {
                                       [&](const auto& c) { return c.get() == events[i].data.ptr; });
             if (found != server.clients.end()) read_faults(cpu, server, **found, now);
         }
-        if (stick_ && (watching || ready > 0)) {
+        if (watching || ready > 0) {
             watching = server.affinity.release_idle(now);
             server.kept.store(server.affinity.kept(), std::memory_order_relaxed);
         }
     }
-    server.affinity.release_all();
 }
 
 void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) {
@@ -146,22 +148,38 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
     }
     runtime::Processor& processor = runtime::current();
     runtime::enter(processor);
-    uint64_t faults = 0, finished = 0;
+    uint64_t faults = 0, finished = 0, local = 0, remote = 0, rehomed = 0;
     for (ssize_t i = 0; i < count; ++i) {
         if (messages[i].event == UFFD_EVENT_FORK)
             close(int(messages[i].arg.fork.ufd));  // asked for by no client of ours
         if (messages[i].event != UFFD_EVENT_PAGEFAULT) continue;
         ++faults;
         const auto& fault = messages[i].arg.pagefault;
-        if (stick_) server.affinity.fault(client.pid, pid_t(fault.feat.ptid), now);
-        const FaultAt at{client.hat, cpu, fault.address & ~(kPageSize - 1)};
-        if (handle(at)) {
+        const uint64_t address = fault.address & ~(kPageSize - 1);
+        const Window* const window = client.hat->window(cpu, address);
+        const bool follows = client.homing && window && window->spans;
+        int place = -1;
+        if (client.sticky || client.homing) {
+            const Hold hold = !client.sticky ? Hold::nowhere : follows ? Hold::anywhere : Hold::here;
+            place = server.affinity.fault(client.pid, pid_t(fault.feat.ptid), hold, now);
+        }
+        local += place == cpu;
+        remote += place >= 0 && place != cpu;
+        const bool guarded = fault.flags & UFFD_PAGEFAULT_FLAG_WP;
+        const bool write = guarded || (fault.flags & UFFD_PAGEFAULT_FLAG_WRITE);
+        const FaultAt at{client.hat, cpu, address, write, guarded};
+        const bool done = handle(at);
+        if (window) {
+            // The thread goes on meanwhile: it faults again if its span moves under it.
+            rehomed += client.hat->follow(*window, cpu, at.address, client.homing ? place : -1, now);
+        }
+        if (done) {
             ++finished;
             continue;
         }
         client.hat->retain();
         std::lock_guard guard(server.queue_lock);
-        server.queue.push_back({client.hat, cpu, at.address, client.hat->canonical(cpu, at.address).value_or(0)});
+        server.queue.push_back({client.hat, cpu, at.address, client.hat->canonical(cpu, at.address).value_or(0), write});
         server.queue_filled.notify_one();
     }
     // Written by this thread alone: no read-modify-write is needed.
@@ -171,11 +189,14 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
     add(server.faults, faults);
     add(server.finished, finished);
     add(server.handed_up, faults - finished);
+    add(server.local, local);
+    add(server.remote, remote);
+    add(server.rehomed, rehomed);
     // Server threads call no Clustered Object, so no deferred destruction waits for them.
     (void)runtime::leave(processor);
 }
 
-bool Engine::handle(const FaultAt& fault) {
+bool Engine::handle(FaultAt fault) {
     const auto canonical = fault.hat->canonical(fault.cpu, fault.address);
     const auto entry = canonical ? fault.hat->regions().lookup(*canonical) : std::nullopt;
     if (!entry) {
@@ -184,17 +205,20 @@ bool Engine::handle(const FaultAt& fault) {
     }
     Region& region = *entry->value;
     switch (region.gate.try_enter()) {
-        case SharedGate::Entry::entered:
+        case RegionGate::Entry::entered:
             break;
-        case SharedGate::Entry::stopped:
+        case RegionGate::Entry::stopped:
             return false;
-        case SharedGate::Entry::rejected:
+        case RegionGate::Entry::rejected:
             fault.hat->fail(fault.cpu, fault.address, kPageSize, "its region was being unmapped");
             return true;
     }
     const uint64_t page = region.page_at(*canonical);
     const Region::Group group = region.group_of(page);
-    const Outcome outcome = region.cache->resolve(fault, page, group.first, group.count);
+    const Region::Group around = region.around_of(page);
+    fault.tracked = region.tracked;
+    const Outcome outcome =
+        region.cache->resolve(fault, page, {group.first, group.count}, {around.first, around.count});
     region.gate.leave();
     return outcome != Outcome::absent && outcome != Outcome::no_frame;
 }
@@ -223,6 +247,9 @@ Engine::Counts Engine::counts() const {
         total.finished += server->finished.load(std::memory_order_relaxed);
         total.handed_up += server->handed_up.load(std::memory_order_relaxed);
         total.kept += server->kept.load(std::memory_order_relaxed);
+        total.local += server->local.load(std::memory_order_relaxed);
+        total.remote += server->remote.load(std::memory_order_relaxed);
+        total.rehomed += server->rehomed.load(std::memory_order_relaxed);
     }
     return total;
 }

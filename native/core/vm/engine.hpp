@@ -29,17 +29,21 @@ struct HandedUp {
     int cpu;
     uint64_t address;  // of the window, page-aligned
     uint64_t canonical;
+    bool write;
 };
 
 class Engine {
   public:
     struct Counts {
-        uint64_t faults, finished, handed_up,
-            kept;  // faults read; finished here; given to Python; bursts kept on the CPU
+        uint64_t faults, finished, handed_up;  // faults read; finished here; given to Python
+        uint64_t kept;                         // bursts of a thread that were kept on a CPU
+        uint64_t local, remote;  // faults of threads that belong to the CPU that served them, or to another
+        uint64_t rehomed;        // moves of spans that were asked for
     };
 
-    // `cpus`: the numbers of the CPUs to serve, one server thread each. `stick`: keep bursts on their CPU.
-    Engine(std::vector<int> cpus, bool stick);
+    // `cpus`: the numbers of the CPUs to serve, one server thread each. What it does for clients that ask for it:
+    // `sticky`: keep threads that fault on a CPU; `homing`: move spans to the CPU of the threads that fault there.
+    Engine(std::vector<int> cpus, bool sticky, bool homing);
     ~Engine();
     Engine(const Engine&) = delete;
     Engine& operator=(const Engine&) = delete;
@@ -49,14 +53,14 @@ class Engine {
     void stop();
 
     // Serves the HAT's userfaultfd of this CPU (an index into cpus), of process `pid`, until remove().
-    bool add(UffdHat* hat, int cpu, pid_t pid);
+    bool add(UffdHat* hat, int cpu, pid_t pid, bool sticky = true, bool homing = true);
     // After it, no server thread uses the HAT or what it leads to. Hand-ups in the queue keep their reference.
     void remove(UffdHat* hat);
     // Returns when every server thread has left what it was in at the call: what was unlinked before is unused.
     void synchronize();
 
     // Resolves one fault on the calling thread. False: it is Python's to finish.
-    static bool handle(const FaultAt& fault);
+    static bool handle(FaultAt fault);
 
     // A fault handed up on this CPU; waits for one. Nothing after stop().
     std::optional<HandedUp> next(int cpu);
@@ -69,14 +73,15 @@ class Engine {
         UffdHat* hat;
         pid_t pid;
         int uffd;
+        bool sticky, homing;
     };
 
     // What one server thread has; a cache line of its own for what it writes.
-    struct alignas(64) Server {
-        explicit Server(int cpu) : affinity(cpu) {}
+    struct alignas(runtime::apart) Server {
+        Server(Placement& placement, int cpu) : affinity(placement, cpu) {}
 
         std::atomic<runtime::Processor*> processor{nullptr};  // its thread's: handling faults is a request there
-        std::atomic<uint64_t> faults{0}, finished{0}, handed_up{0}, kept{0};
+        std::atomic<uint64_t> faults{0}, finished{0}, handed_up{0}, kept{0}, local{0}, remote{0}, rehomed{0};
         StickyAffinity affinity;
         int epoll = -1;
         int wake = -1;
@@ -96,7 +101,8 @@ class Engine {
     void read_faults(int cpu, Server& server, Client& client, uint64_t now);
 
     const std::vector<int> cpus_;
-    const bool stick_;
+    const bool sticky_, homing_;
+    Placement placement_;
     std::vector<std::unique_ptr<Server>> servers_;
     std::atomic<bool> stopping_{false};
 };

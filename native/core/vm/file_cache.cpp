@@ -2,14 +2,23 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
+#include <system_error>
 
 #include "vm/region.hpp"
 
 namespace k42::vm {
+
+namespace {
+
+// How many pages a file may grow by while it is cached: its journal's addresses are set aside at the start.
+constexpr uint64_t kGrowth = 1 << 26;
+
+}  // namespace
 
 // A fault that waits for the end of a page's I/O.
 struct FileCache::Waiter : PageWaiter {
@@ -18,9 +27,28 @@ struct FileCache::Waiter : PageWaiter {
     FaultAt fault;
 };
 
+FileCache::FileCache(FramePool* pool, int memfd, int journal, uint64_t pages, Fill fill, Backing backing, Policy policy,
+                     int cpus)
+    : pool_(pool),
+      memfd_(memfd),
+      journal_fd_(journal),
+      pages_(pages),
+      fill_(fill),
+      backing_(backing),
+      table_(std::make_unique<SharedPageTable>(policy)),
+      journal_bytes_(pages + kGrowth),
+      cpus_(cpus),
+      cpu_counts_(std::make_unique<CpuCounts[]>(size_t(cpus))) {
+    void* bytes = mmap(nullptr, journal_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, journal, 0);
+    if (bytes == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "the journal of a file cache");
+    journal_ = static_cast<std::atomic<uint8_t>*>(bytes);
+}
+
 FileCache::~FileCache() {
     clear();
+    munmap(journal_, journal_bytes_);
     close(memfd_);
+    close(journal_fd_);
 }
 
 FileCache::Run FileCache::run_around(Page* const* pages, uint64_t first, uint32_t count, uint64_t page) {
@@ -55,14 +83,61 @@ static Outcome settle(const FaultAt& fault, int error) {
     }
 }
 
-Outcome FileCache::map_run(const FaultAt& fault, uint64_t page, Run run) {
+Outcome FileCache::map_run(const FaultAt& fault, uint64_t page, Run run, bool writable) {
+    if (fault.guarded && writable) {
+        const RangeResult result = fault.hat->allow_write(fault.cpu, fault.address, kPageSize);
+        return result.error == 0 ? Outcome::mapped : settle(fault, result.error);
+    }
     const uint64_t start = fault.address - (page - run.first) * kPageSize;
-    RangeResult result = fault.hat->map(fault.cpu, start, run.count * kPageSize);
+    RangeResult result = fault.hat->map(fault.cpu, start, run.count * kPageSize, writable);
     if (result.error == EEXIST && start + result.done != fault.address) {
         // A neighbour is mapped already: the page itself is what matters.
-        result = fault.hat->map(fault.cpu, fault.address, kPageSize);
+        result = fault.hat->map(fault.cpu, fault.address, kPageSize, writable);
+    }
+    if (result.error == EEXIST && fault.write && writable) {
+        // Mapped when it was clean.
+        result = fault.hat->allow_write(fault.cpu, fault.address, kPageSize);
     }
     return result.error == 0 ? Outcome::mapped : settle(fault, result.error);
+}
+
+void FileCache::make_dirty(Page* page, int cpu) {
+    write_journal(page->index, journaled(page->index) | kValid | kDirty);
+    page->set(Page::kDirty);
+    cpu_counts_[cpu].dirtied.fetch_add(1, std::memory_order_relaxed);
+}
+
+// The CPUs on which any of these pages was mapped since it became resident.
+static uint32_t used_by(Page* const* pages, uint32_t count) {
+    uint32_t used = 0;
+    for (uint32_t i = 0; i < count; ++i) used |= pages[i]->used.load(std::memory_order_relaxed);
+    return used;
+}
+
+void FileCache::note_use(const FaultAt& fault, Page** pages, uint32_t count) const {
+    const uint32_t bit = cpu_bit(fault.cpu);
+    for (uint32_t i = 0; i < count; ++i) {
+        if (!(pages[i]->used.load(std::memory_order_relaxed) & bit)) {
+            pages[i]->used.fetch_or(bit, std::memory_order_relaxed);
+        }
+    }
+}
+
+void FileCache::give_hint(uint64_t page) {
+    uint64_t begin = marker_begin_.load(std::memory_order_relaxed);
+    if (page < begin || page >= marker_end_.load(std::memory_order_relaxed)) return;
+    if (!marker_begin_.compare_exchange_strong(begin, UINT64_MAX, std::memory_order_acq_rel)) return;
+    if (HintQueue* queue = hints_.load(std::memory_order_acquire)) {
+        queue->push({hint_id_.load(std::memory_order_relaxed), page});
+    }
+}
+
+void FileCache::set_marker(HintQueue* queue, uint64_t id, uint64_t first, uint64_t end) {
+    marker_begin_.store(UINT64_MAX, std::memory_order_release);
+    hints_.store(queue, std::memory_order_release);
+    hint_id_.store(id, std::memory_order_relaxed);
+    marker_end_.store(end, std::memory_order_relaxed);
+    marker_begin_.store(first, std::memory_order_release);
 }
 
 Outcome FileCache::zero_run(const FaultAt& fault, uint64_t page, Run run, Page** pages) {
@@ -76,59 +151,119 @@ Outcome FileCache::zero_run(const FaultAt& fault, uint64_t page, Run run, Page**
             fault.hat->zero(fault.cpu, at, (run.count - done) * kPageSize, memfd_, (run.first + done) * kPageSize);
         if (result.error == EEXIST && result.done == 0) {
             // The client put a frame there through its own descriptor: its memory, its bytes.
-            result = fault.hat->map(fault.cpu, at, kPageSize);
+            result = fault.hat->map(fault.cpu, at, kPageSize, true);
             if (result.error == EEXIST) result = {kPageSize, 0};
         }
         const auto made = uint32_t(result.done / kPageSize);
-        table_.make_resident(pages + done, made);
+        for (uint32_t i = done; i < done + made; ++i) {
+            pages[i]->set_state(PageState::resident);
+            make_dirty(pages[i], fault.cpu);
+            if (replaceable()) {
+                const uint64_t index = pages[i]->index;
+                table_->replacement(table_->part_of(index)).insert(index);
+            }
+        }
+        note_use(fault, pages + done, made);
         done += made;
         error = result.error;
         if (error != 0 && error != EEXIST) break;
     }
-    zero_filled_.fetch_add(done, std::memory_order_relaxed);
+    cpu_counts_[fault.cpu].zero_filled.fetch_add(done, std::memory_order_relaxed);
     if (done == run.count) return Outcome::zero_filled;
     pool_->release(run.count - done, backing_);
     return page < run.first + done ? Outcome::zero_filled : settle(fault, error);
 }
 
-Outcome FileCache::resolve(const FaultAt& fault, uint64_t page, uint64_t first, uint32_t count) {
+Outcome FileCache::resolve_resident(const FaultAt& fault, Page* page, Run around) {
+    CpuCounts& counts = cpu_counts_[fault.cpu];
+    counts.mapped.fetch_add(1, std::memory_order_relaxed);
+    give_hint(page->index);
+    if (fault.write && fault.tracked && !page->is(Page::kDirty)) {
+        table_->recall(&page, 1);
+        make_dirty(page, fault.cpu);
+    }
+    page->use();
     Page* pages[kMaxGroup];
-    table_.lock(first, count, pages);
-    Page* const at = pages[page - first];
+    pages[0] = page;
+    Run run{page->index, 1};
+    // A write to a page that is mapped concerns that page alone.
+    if (around.count > 1 && !fault.guarded) run = table_->lock_around(page, around.first, around.count, pages);
+    const bool writable = !fault.tracked || page->is(Page::kDirty);
+    note_use(fault, pages, run.count);
+    const Outcome outcome = map_run(fault, page->index, run, writable);
+    if (outcome == Outcome::mapped) table_->copy(pages, run.count);
+    table_->unlock(pages, run.count);
+    return outcome;
+}
+
+Outcome FileCache::resolve(const FaultAt& fault, uint64_t page, Run group, Run around) {
+    if (const PageTable::Held held = table_->hold(page, around.first, around.count, fault.write && fault.tracked);
+        held.count) {
+        cpu_counts_[fault.cpu].mapped.fetch_add(1, std::memory_order_relaxed);
+        give_hint(page);
+        const Outcome outcome = map_run(fault, page, {held.first, held.count}, !fault.tracked || held.dirty);
+        table_->release(held);
+        return outcome;
+    }
+    // First the page alone: where it is there, its neighbours are not asked for what they are not.
+    Page* pages[kMaxGroup];
+    table_->lock(page, 1, pages);
+    if (page >= this->pages()) {
+        table_->unlock(pages, 1);
+        fault.hat->fail(fault.cpu, fault.address, kPageSize, "it lies behind the end of the file, which has shrunk");
+        return Outcome::failed;
+    }
+    if (pages[0]->state() == PageState::resident) return resolve_resident(fault, pages[0], around);
+    if (group.count > 1 && pages[0]->state() == PageState::absent) {
+        table_->unlock(pages, 1);
+        group.count = uint32_t(std::min<uint64_t>(group.count, this->pages() - group.first));
+        table_->lock(group.first, group.count, pages);
+    } else {
+        group = {page, 1};
+    }
+    Page* const at = pages[page - group.first];
     Outcome outcome = Outcome::absent;
     switch (at->state()) {
         case PageState::io: {
             auto* waiter = new Waiter(fault);
             waiter->next = at->waiters;
             at->waiters = waiter;
-            queued_.fetch_add(1, std::memory_order_relaxed);
+            cpu_counts_[fault.cpu].queued.fetch_add(1, std::memory_order_relaxed);
             outcome = Outcome::queued;
             break;
         }
         case PageState::resident:
-            mapped_.fetch_add(1, std::memory_order_relaxed);
-            outcome = map_run(fault, page, run_around(pages, first, count, page));
+            // It came between our two looks: the next fault finds it so.
+            fault.hat->wake(fault.cpu, fault.address, kPageSize);
+            outcome = Outcome::mapped;
             break;
         case PageState::absent:
-            if (fill_ == Fill::zero) {
-                const Run run = run_around(pages, first, count, page);
-                outcome = zero_run(fault, page, run, pages + (run.first - first));
+            if (fill_ == Fill::zero && !(journaled(page) & kStored)) {
+                Run run = run_around(pages, group.first, group.count, page);
+                // Not over pages that the store has.
+                uint64_t first = page;
+                uint64_t end = page + 1;
+                while (first > run.first && !(journaled(first - 1) & kStored)) --first;
+                while (end < run.first + run.count && !(journaled(end) & kStored)) ++end;
+                run = {first, uint32_t(end - first)};
+                outcome = zero_run(fault, page, run, pages + (run.first - group.first));
             }
             break;
     }
-    table_.unlock(pages, count);
+    table_->unlock(pages, group.count);
     return outcome;
 }
 
-FileCache::Run FileCache::begin_io(uint64_t page, uint64_t first, uint32_t count) {
+FileCache::Run FileCache::begin_io(uint64_t page, Run within) {
     Page* pages[kMaxGroup];
-    table_.lock(first, count, pages);
+    table_->lock(within.first, within.count, pages);
     Run run{page, 0};
-    if (pages[page - first]->state() == PageState::absent) {
-        run = run_around(pages, first, count, page);
-        for (uint32_t i = 0; i < run.count; ++i) pages[run.first - first + i]->set_state(PageState::io);
+    if (pages[page - within.first]->state() == PageState::absent && page < this->pages()) {
+        run = run_around(pages, within.first, within.count, page);
+        run.count = uint32_t(std::min<uint64_t>(run.count, this->pages() - run.first));
+        for (uint32_t i = 0; i < run.count; ++i) pages[run.first - within.first + i]->set_state(PageState::io);
     }
-    table_.unlock(pages, count);
+    table_->unlock(pages, within.count);
     return run;
 }
 
@@ -153,29 +288,75 @@ void FileCache::wake_all(PageWaiter* waiters) {
     }
 }
 
-Outcome FileCache::complete_io(const FaultAt& fault, uint64_t page, Run run, uint64_t begin, uint64_t end) {
+void FileCache::ended() {
+    {
+        std::lock_guard guard(endings_lock_);
+        ++endings_;
+    }
+    ending_.notify_all();
+}
+
+uint64_t FileCache::endings() const {
+    std::lock_guard guard(endings_lock_);
+    return endings_;
+}
+
+bool FileCache::wait_ending(uint64_t seen, std::chrono::milliseconds timeout) {
+    std::unique_lock guard(endings_lock_);
+    return ending_.wait_for(guard, timeout, [&] { return endings_ != seen; });
+}
+
+Outcome FileCache::complete_io(const FaultAt* fault, uint64_t page, Run run, uint64_t begin, uint64_t end) {
     Page* pages[kMaxGroup];
-    table_.lock(run.first, run.count, pages);
-    table_.make_resident(pages, run.count);
-    (fill_ == Fill::zero ? zero_filled_ : filled_).fetch_add(run.count, std::memory_order_relaxed);
-    const uint64_t from = std::max(run.first, begin);
-    const uint64_t to = std::min(run.first + run.count, end);
-    const Outcome outcome = map_run(fault, page, {from, uint32_t(to - from)});
+    table_->lock(run.first, run.count, pages);
+    const uint64_t limit = this->pages();
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < run.count; ++i) {
+        if (run.first + i >= limit) break;  // the file shrank meanwhile
+        pages[i]->set_state(PageState::resident);
+        write_journal(run.first + i, uint8_t((journaled(run.first + i) & kStored) | kValid));
+        if (replaceable()) table_->replacement(table_->part_of(run.first + i)).insert(run.first + i);
+        ++kept;
+    }
+    const uint32_t lost = run.count - kept;
+    if (lost) {
+        punch(run.first + kept, lost);
+        for (uint32_t i = kept; i < run.count; ++i) pages[i]->set_state(PageState::absent);
+    }
+    auto& filled = fault ? cpu_counts_[fault->cpu].filled : prefetched_;
+    filled.fetch_add(kept, std::memory_order_relaxed);
+    Outcome outcome = Outcome::mapped;
+    if (fault && page < run.first + kept) {
+        const uint64_t from = std::max(run.first, begin);
+        const uint64_t to = std::min(run.first + kept, end);
+        Run mapped{from, uint32_t(to - from)};
+        if (fault->write && fault->tracked) {
+            make_dirty(pages[page - run.first], fault->cpu);
+            mapped = {page, 1};
+        }
+        note_use(*fault, pages + (mapped.first - run.first), mapped.count);
+        outcome = map_run(*fault, page, mapped, !fault->tracked || fault->write);
+    } else if (fault) {
+        fault->hat->wake(fault->cpu, fault->address, kPageSize);
+    }
     PageWaiter* waiters = take_waiters(pages, run.count);
-    table_.unlock(pages, run.count);
+    table_->unlock(pages, run.count);
     wake_all(waiters);
+    if (lost) pool_->release(lost, backing_);
     pool_->announce_reclaimable();
+    ended();
     return outcome;
 }
 
 void FileCache::abort_io(Run run) {
     Page* pages[kMaxGroup];
-    table_.lock(run.first, run.count, pages);
+    table_->lock(run.first, run.count, pages);
     punch(run.first, run.count);  // a fill that failed halfway has made some of the frames
     for (uint32_t i = 0; i < run.count; ++i) pages[i]->set_state(PageState::absent);
     PageWaiter* waiters = take_waiters(pages, run.count);
-    table_.unlock(pages, run.count);
+    table_->unlock(pages, run.count);
     wake_all(waiters);
+    ended();
 }
 
 void FileCache::punch(uint64_t first, uint64_t count) const {
@@ -186,40 +367,416 @@ void FileCache::punch(uint64_t first, uint64_t count) const {
     }
 }
 
-uint64_t FileCache::give_back(uint64_t count) {
-    uint64_t given = 0;
-    while (given < count) {
-        const std::vector<uint64_t> oldest = table_.take_oldest(std::min<uint64_t>(count - given, kMaxGroup));
-        if (oldest.empty()) break;
-        // Runs of neighbours go in one call.
-        for (size_t i = 0; i < oldest.size();) {
-            size_t end = i + 1;
-            while (end < oldest.size() && oldest[end] == oldest[end - 1] + 1) ++end;
-            const auto run = uint32_t(end - i);
-            Page* pages[kMaxGroup];
-            table_.lock(oldest[i], run, pages);
-            punch(oldest[i], run);
-            for (uint32_t k = 0; k < run; ++k) {
-                pages[k]->set_state(PageState::absent);
-                std::lock_guard guard(regions_lock_);
-                for (Region* region : regions_) {
-                    if (oldest[i] + k - region->first_page < region->pages)
-                        region->hat->unmapped(*region, oldest[i] + k);
-                }
+template <typename Visit>
+void FileCache::each_region(Visit&& visit) {
+    std::lock_guard guard(regions_lock_);
+    for (Region* region : regions_) visit(*region);
+}
+
+void FileCache::drop(Run run, Page** pages) {
+    table_->recall(pages, run.count);
+    uint64_t dirty = 0;
+    for (uint32_t i = 0; i < run.count; ++i) {
+        dirty += pages[i]->is(Page::kDirty);
+        write_journal(run.first + i, journaled(run.first + i) & kStored);
+    }
+    punch(run.first, run.count);
+    each_region([&](Region& region) {
+        for (uint32_t i = 0; i < run.count; ++i) {
+            if (run.first + i - region.first_page < region.pages) region.hat->unmapped(region, run.first + i);
+        }
+    });
+    for (uint32_t i = 0; i < run.count; ++i) pages[i]->set_state(PageState::absent);
+    if (dirty) cleaned_.fetch_add(dirty, std::memory_order_relaxed);
+    evicted_.fetch_add(run.count, std::memory_order_relaxed);
+}
+
+void FileCache::look_at(const std::vector<Replacement::Candidate>& candidates, size_t begin, size_t end,
+                        Replacement& order, bool thorough, Reclaimed& result) {
+    const auto count = uint32_t(end - begin);
+    const uint64_t first = candidates[begin].index;
+    Page* pages[kMaxGroup];
+    table_->lock(first, count, pages);
+    Page* locked[kMaxGroup];  // unlock() reorders
+    std::copy_n(pages, count, locked);
+    // Neighbours that are treated alike go in one call.
+    uint32_t evict = 0;
+    uint32_t probe = 0;  // so many up to here
+    const auto flush = [&](uint32_t to) {
+        if (evict) {
+            drop({first + to - evict, evict}, pages + to - evict);
+            for (uint32_t i = to - evict; i < to; ++i) order.evicted(candidates[begin + i]);
+            result.given += evict;
+        }
+        if (probe) {
+            const uint32_t used = used_by(pages + to - probe, probe);
+            each_region([&](Region& region) { region.hat->soft_unmap(region, first + to - probe, probe, used); });
+            probed_.fetch_add(probe, std::memory_order_relaxed);
+        }
+        evict = probe = 0;
+    };
+    for (uint32_t i = 0; i < count; ++i) {
+        const Replacement::Candidate& candidate = candidates[begin + i];
+        Page* page = pages[i];
+        if (page->state() == PageState::absent) {
+            flush(i);
+            continue;  // it went in another way
+        }
+        auto verdict = Replacement::Verdict::wait;
+        const bool free = page->state() == PageState::resident &&
+                          !page->is(Page::kPinned | Page::kWriting | Page::kLaundry);
+        if (free) {
+            const bool mapped = page->used.load(std::memory_order_relaxed) != 0;
+            verdict = order.judge(candidate, {page->uses(), mapped, page->is(Page::kProbed)}, thorough);
+        } else if (page->is(Page::kLaundry)) {
+            flush(i);
+            continue;  // it comes back when it is written
+        }
+        if (verdict == Replacement::Verdict::evict && page->is(Page::kDirty)) {
+            flush(i);
+            page->set(Page::kLaundry);
+            std::lock_guard guard(laundry_lock_);
+            laundry_.push_back(page->index);
+            ++result.dirty;
+            continue;
+        }
+        if (verdict != Replacement::Verdict::evict) {
+            if (evict) flush(i);
+            if (verdict == Replacement::Verdict::probe) {
+                page->set(Page::kProbed);
+                ++probe;
+            } else {
+                flush(i);
             }
-            table_.unlock(pages, run);
-            given += run;
-            i = end;
+            if (verdict == Replacement::Verdict::rescue) {
+                page->clear(Page::kUses);
+                rescued_.fetch_add(1, std::memory_order_relaxed);
+            }
+            order.put_back(candidate, verdict);
+            continue;
+        }
+        if (probe) flush(i);
+        ++evict;
+    }
+    flush(count);
+    table_->unlock(locked, count);
+}
+
+FileCache::Reclaimed FileCache::reclaim(uint64_t count, bool thorough) {
+    Reclaimed result{0, 0};
+    const size_t parts = table_->parts();
+    const size_t start = next_part_.fetch_add(1, std::memory_order_relaxed);
+    std::vector<Replacement::Candidate> candidates;
+    for (size_t k = 0; k < parts && result.given < count; ++k) {
+        Replacement& order = table_->replacement((start + k) % parts);
+        // Each page is looked at three times at most: used, unmapped, still unused.
+        for (uint64_t looks = 3 * order.size(); looks > 0 && result.given < count;) {
+            candidates.clear();
+            order.next(std::min<uint64_t>({count - result.given, looks, kMaxGroup}), candidates);
+            if (candidates.empty()) break;
+            looks -= candidates.size();
+            for (size_t i = 0; i < candidates.size();) {
+                size_t end = i + 1;
+                while (end < candidates.size() && candidates[end].index == candidates[end - 1].index + 1) ++end;
+                look_at(candidates, i, end, order, thorough, result);
+                i = end;
+            }
         }
     }
-    if (given) {
-        evicted_.fetch_add(given, std::memory_order_relaxed);
-        pool_->release(given, backing_);
+    if (result.given) pool_->release(result.given, backing_);
+    return result;
+}
+
+FileCache::Writing FileCache::begin_write_locked(Run within, Page** pages) {
+    Writing writing{{within.first, 0}, 0};
+    uint32_t i = 0;
+    const auto dirty = [&](uint32_t k) {
+        return pages[k]->state() == PageState::resident && pages[k]->is(Page::kDirty);
+    };
+    while (i < within.count && (!dirty(i) || pages[i]->is(Page::kWriting))) {
+        writing.busy += pages[i]->is(Page::kWriting);
+        ++i;
     }
+    const uint32_t from = i;
+    while (i < within.count && dirty(i) && !pages[i]->is(Page::kWriting)) ++i;
+    if (i == from) return writing;
+    const Run run{within.first + from, i - from};
+    // No write may pass from here on that does not make its page dirty again.
+    table_->recall(pages + from, run.count);
+    const uint32_t used = used_by(pages + from, run.count);
+    bool safe = true;
+    each_region([&](Region& region) {
+        if (region.tracked) safe = region.hat->protect(region, run.first, run.count, used) && safe;
+    });
+    if (!safe) {
+        writing.busy += run.count;
+        return writing;
+    }
+    for (uint32_t k = from; k < i; ++k) {
+        pages[k]->clear(Page::kDirty);
+        pages[k]->set(Page::kWriting);
+    }
+    writing.run = run;
+    return writing;
+}
+
+FileCache::Writing FileCache::begin_write(Run within) {
+    Page* pages[kMaxGroup];
+    table_->lock(within.first, within.count, pages);
+    const Writing writing = begin_write_locked(within, pages);
+    table_->unlock(pages, within.count);
+    return writing;
+}
+
+FileCache::Run FileCache::take_laundry(uint32_t most) {
+    for (;;) {
+        Run run;
+        {
+            std::lock_guard guard(laundry_lock_);
+            if (laundry_.empty()) return {0, 0};
+            run = {laundry_.front(), 1};
+            laundry_.pop_front();
+            while (run.count < most && !laundry_.empty() && laundry_.front() == run.first + run.count) {
+                laundry_.pop_front();
+                ++run.count;
+            }
+        }
+        Page* pages[kMaxGroup];
+        table_->lock(run.first, run.count, pages);
+        Page* locked[kMaxGroup];
+        std::copy_n(pages, run.count, locked);
+        const Writing writing = begin_write_locked(run, pages);
+        // What is not written now, for whatever reason, is an ordinary page again.
+        for (uint32_t i = 0; i < run.count; ++i) {
+            const uint64_t index = run.first + i;
+            if (index - writing.run.first < writing.run.count || !pages[i]->is(Page::kLaundry)) continue;
+            pages[i]->clear(Page::kLaundry);
+            table_->replacement(table_->part_of(index)).insert(index);
+        }
+        table_->unlock(locked, run.count);
+        if (writing.run.count) return writing.run;
+    }
+}
+
+uint64_t FileCache::end_write(Run run, bool written, bool evict) {
+    Page* pages[kMaxGroup];
+    table_->lock(run.first, run.count, pages);
+    Page* locked[kMaxGroup];
+    std::copy_n(pages, run.count, locked);
+    uint64_t given = 0;
+    uint32_t going = 0;
+    const auto flush = [&](uint32_t to) {
+        if (going) drop({run.first + to - going, going}, pages + to - going);
+        given += going;
+        going = 0;
+    };
+    const uint8_t stored = fill_ == Fill::zero ? kStored : 0;
+    if (stored && written) stored_.store(true, std::memory_order_release);
+    for (uint32_t i = 0; i < run.count; ++i) {
+        Page* page = pages[i];
+        const uint64_t index = run.first + i;
+        if (!page->is(Page::kWriting)) {
+            flush(i);
+            continue;
+        }
+        const bool again = page->is(Page::kDirty);  // it was written to meanwhile
+        page->clear(Page::kWriting);
+        if (written) {
+            write_journal(index, uint8_t((again ? journaled(index) : journaled(index) & ~kDirty) | stored));
+        } else if (!again) {
+            table_->recall(&page, 1);
+            page->set(Page::kDirty);
+        }
+        // A page that was made dirty again counts once more.
+        if (written || again) cleaned_.fetch_add(1, std::memory_order_relaxed);
+        const bool laundry = page->is(Page::kLaundry);
+        page->clear(Page::kLaundry);
+        if (evict && written && !again && !page->is(Page::kPinned) && page->uses() == 0) {
+            ++going;
+            continue;
+        }
+        flush(i);
+        if (laundry && replaceable()) table_->replacement(table_->part_of(index)).insert(index);
+    }
+    flush(run.count);
+    if (written) written_.fetch_add(run.count, std::memory_order_relaxed);
+    table_->unlock(locked, run.count);
+    if (given) pool_->release(given, backing_);
+    ended();
     return given;
 }
 
-void FileCache::clear() { give_back(UINT64_MAX); }
+std::vector<FileCache::Run> FileCache::dirty_runs(uint64_t first, uint64_t end) const {
+    std::vector<uint64_t> found;
+    table_->each([&](const Page& page) {
+        if (page.index >= first && page.index < end && page.is(Page::kDirty | Page::kWriting))
+            found.push_back(page.index);
+    });
+    std::sort(found.begin(), found.end());
+    std::vector<Run> runs;
+    for (uint64_t index : found) {
+        if (!runs.empty() && runs.back().first + runs.back().count == index && runs.back().count < kMaxGroup) {
+            ++runs.back().count;
+        } else {
+            runs.push_back({index, 1});
+        }
+    }
+    return runs;
+}
+
+uint64_t FileCache::discard(uint64_t first, uint64_t end, bool dirty) {
+    std::vector<uint64_t> found;
+    table_->each([&](const Page& page) {
+        if (page.index >= first && page.index < end) found.push_back(page.index);
+    });
+    std::sort(found.begin(), found.end());
+    uint64_t busy = 0;
+    uint64_t given = 0;
+    for (size_t i = 0; i < found.size();) {
+        size_t next = i + 1;
+        while (next < found.size() && next - i < kMaxGroup && found[next] == found[next - 1] + 1) ++next;
+        const Run run{found[i], uint32_t(next - i)};
+        i = next;
+        Page* pages[kMaxGroup];
+        table_->lock(run.first, run.count, pages);
+        Page* locked[kMaxGroup];
+        std::copy_n(pages, run.count, locked);
+        uint32_t going = 0;
+        for (uint32_t k = 0; k <= run.count; ++k) {
+            const bool goes = k < run.count && pages[k]->state() == PageState::resident &&
+                              !pages[k]->is(Page::kWriting) && (dirty || !pages[k]->is(Page::kDirty | Page::kPinned));
+            if (goes) {
+                ++going;
+                continue;
+            }
+            if (going) drop({run.first + k - going, going}, pages + k - going);
+            given += going;
+            going = 0;
+            if (k < run.count && pages[k]->state() != PageState::absent) ++busy;
+        }
+        table_->unlock(locked, run.count);
+    }
+    if (dirty && stored_.load(std::memory_order_acquire)) forget_stored(first, std::min(end, this->pages()));
+    if (given) pool_->release(given, backing_);
+    for (size_t part = 0; part < table_->parts(); ++part) {
+        Replacement& order = table_->replacement(part);
+        if (order.size() <= 2 * table_->size() + 1024) continue;
+        std::vector<uint64_t> resident = table_->resident();
+        order.sweep([&](uint64_t index) { return !std::binary_search(resident.begin(), resident.end(), index); });
+    }
+    return busy;
+}
+
+void FileCache::forget_stored(uint64_t first, uint64_t end) {
+    // Holes of the journal are not looked at, or they would become memory.
+    for (auto at = off_t(first); at < off_t(end);) {
+        const off_t data = lseek(journal_fd_, at, SEEK_DATA);
+        if (data < 0) break;
+        const off_t hole = std::min(lseek(journal_fd_, data, SEEK_HOLE), off_t(end));
+        for (auto page = uint64_t(data); page < uint64_t(hole); ++page) {
+            if (journaled(page) & kStored) write_journal(page, journaled(page) & uint8_t(~kStored));
+        }
+        at = hole;
+    }
+}
+
+bool FileCache::resize(uint64_t pages) {
+    if (pages == 0 || pages > journal_bytes_) return false;
+    pages_.store(pages, std::memory_order_seq_cst);
+    return true;
+}
+
+bool FileCache::pin(Run run) {
+    Page* pages[kMaxGroup];
+    table_->lock(run.first, run.count, pages);
+    bool all = true;
+    for (uint32_t i = 0; i < run.count; ++i) all = all && pages[i]->state() == PageState::resident;
+    if (all) {
+        std::lock_guard guard(pins_lock_);
+        for (uint32_t i = 0; i < run.count; ++i) {
+            ++pins_[run.first + i];
+            pages[i]->set(Page::kPinned);
+        }
+    }
+    table_->unlock(pages, run.count);
+    return all;
+}
+
+void FileCache::unpin(Run run) {
+    Page* pages[kMaxGroup];
+    table_->lock(run.first, run.count, pages);
+    {
+        std::lock_guard guard(pins_lock_);
+        for (uint32_t i = 0; i < run.count; ++i) {
+            const auto found = pins_.find(run.first + i);
+            if (found == pins_.end() || --found->second > 0) continue;
+            pins_.erase(found);
+            pages[i]->clear(Page::kPinned);
+        }
+    }
+    table_->unlock(pages, run.count);
+}
+
+std::vector<FileCache::Run> FileCache::absent_runs(uint64_t first, uint64_t end, uint64_t most) const {
+    std::vector<uint64_t> there;
+    end = std::min(end, pages());
+    table_->each([&](const Page& page) {
+        if (page.index >= first && page.index < end && page.state() != PageState::absent) there.push_back(page.index);
+    });
+    std::sort(there.begin(), there.end());
+    std::vector<Run> runs;
+    uint64_t at = first;
+    auto next = there.begin();
+    while (at < end && most > 0) {
+        const uint64_t stop = next == there.end() ? end : *next;
+        while (at < stop && most > 0) {
+            const auto count = uint32_t(std::min<uint64_t>({stop - at, kMaxGroup, most}));
+            runs.push_back({at, count});
+            at += count;
+            most -= count;
+        }
+        if (next == there.end()) break;
+        at = *next++ + 1;
+    }
+    return runs;
+}
+
+uint64_t FileCache::restore() {
+    uint64_t restored = 0;
+    const auto end = off_t(pages() * kPageSize);
+    for (off_t at = 0; at < end;) {
+        const off_t data = lseek(memfd_, at, SEEK_DATA);
+        if (data < 0) break;
+        const off_t hole = lseek(memfd_, data, SEEK_HOLE);
+        for (auto page = uint64_t(data) / kPageSize; page < uint64_t(hole) / kPageSize; ++page) {
+            const uint8_t seen = journaled(page);
+            if (!(seen & kValid)) {
+                punch(page, 1);
+                continue;
+            }
+            Page* descriptor;
+            table_->lock(page, 1, &descriptor);
+            descriptor->set_state(PageState::resident);
+            descriptor->used.store(~0u, std::memory_order_relaxed);  // nobody knows any more
+            if (seen & kDirty) {
+                descriptor->set(Page::kDirty);
+                prefilled_dirty_.fetch_add(1, std::memory_order_relaxed);
+            }
+            if (replaceable()) table_->replacement(table_->part_of(page)).insert(page);
+            table_->unlock(&descriptor, 1);
+            ++restored;
+        }
+        at = hole;
+    }
+    prefetched_.fetch_add(restored, std::memory_order_relaxed);
+    return restored;
+}
+
+void FileCache::use(Policy policy) {
+    for (size_t part = 0; part < table_->parts(); ++part) table_->replacement(part).use(policy);
+}
+
+void FileCache::clear() { discard(0, UINT64_MAX, true); }
 
 void FileCache::attach(Region* region) {
     std::lock_guard guard(regions_lock_);
@@ -232,9 +789,31 @@ void FileCache::detach(Region* region) {
 }
 
 FileCache::Counts FileCache::counts() const {
-    return {mapped_.load(std::memory_order_relaxed), zero_filled_.load(std::memory_order_relaxed),
-            filled_.load(std::memory_order_relaxed), queued_.load(std::memory_order_relaxed),
-            evicted_.load(std::memory_order_relaxed)};
+    Counts sum{};
+    // What goes first, what comes after it: so that no difference is below zero.
+    sum.evicted = evicted_.load(std::memory_order_acquire);
+    const uint64_t cleaned = cleaned_.load(std::memory_order_acquire);
+    sum.written = written_.load(std::memory_order_relaxed);
+    sum.probed = probed_.load(std::memory_order_relaxed);
+    sum.rescued = rescued_.load(std::memory_order_relaxed);
+    for (int i = 0; i < cpus_; ++i) {
+        const CpuCounts& cpu = cpu_counts_[size_t(i)];
+        sum.mapped += cpu.mapped.load(std::memory_order_relaxed);
+        sum.zero_filled += cpu.zero_filled.load(std::memory_order_relaxed);
+        sum.filled += cpu.filled.load(std::memory_order_relaxed);
+        sum.queued += cpu.queued.load(std::memory_order_relaxed);
+        sum.dirtied += cpu.dirtied.load(std::memory_order_relaxed);
+    }
+    sum.filled += prefetched_.load(std::memory_order_relaxed);
+    sum.resident = sum.zero_filled + sum.filled - sum.evicted;
+    sum.dirty = sum.dirtied + prefilled_dirty_.load(std::memory_order_relaxed) - cleaned;
+    return sum;
+}
+
+size_t FileCache::bytes() const {
+    size_t order = 0;
+    for (size_t part = 0; part < table_->parts(); ++part) order += table_->replacement(part).size();
+    return table_->bytes() + order * 5;
 }
 
 }  // namespace k42::vm

@@ -1,20 +1,33 @@
 // The native half of a File Cache Manager (paper 4.4): the pages of one file, their frames in a memfd, and the
-// protocol by which a page becomes resident, is mapped, and is given back. The fault engine and the Python objects
-// go through the same functions on the same locked descriptors.
+// protocol by which a page becomes resident, is mapped, written back, and given back. The fault engine and the Python
+// objects go through the same functions on the same locked descriptors.
 //
 // A page is born absent. The fault that finds it so makes it resident: at once with zeros, or by marking it `io`,
 // filling it with no lock held, and completing it. Faults that find it in I/O queue a wake-up and happen again.
+//
+// A clean page is mapped so that writing to it is a fault, which marks it dirty. Writing back protects it again, in all
+// windows, before it reads the frame: a write that comes later makes it dirty again and is never missed. Only clean
+// pages are evicted: the frame is punched out of the memfd, which removes all its mappings at once.
+//
+// The journal, one byte a page in a memfd of its own, says what outlives this process: which frames are valid and which
+// are dirty. It is written before a frame becomes less than it says, and after it has become more.
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
-#include "structures/page_table.hpp"
+#include "runtime/processor.hpp"
 #include "vm/frame_pool.hpp"
 #include "vm/hat.hpp"
+#include "vm/hints.hpp"
+#include "vm/page_table.hpp"
 
 namespace k42::vm {
 
@@ -35,6 +48,9 @@ struct FaultAt {
     Hat* hat;
     int cpu;
     uint64_t address;
+    bool write = false;    // it wants to write
+    bool guarded = false;  // the page is mapped there, and write-protected
+    bool tracked = false;  // the window's region tracks writes
 };
 
 class FileCache {
@@ -45,70 +61,176 @@ class FileCache {
         uint64_t filled;       // pages
         uint64_t queued;       // faults that found their page in I/O
         uint64_t evicted;      // pages
+        uint64_t dirtied;      // times that a clean page became dirty
+        uint64_t written;      // pages written back
+        uint64_t probed;       // pages unmapped softly, to see whether they are used
+        uint64_t rescued;      // pages not evicted because they were used
+        uint64_t resident;     // pages now
+        uint64_t dirty;        // pages now, those being written included
     };
+
+    using Run = PageTable::Run;
 
     static constexpr uint32_t kMaxGroup = 512;  // pages: 2 MiB
 
-    // Takes the memfd over: as long as anybody may punch pages out of it, its number means this file.
-    FileCache(FramePool* pool, int memfd, uint64_t pages, Fill fill, Backing backing)
-        : pool_(pool), memfd_(memfd), pages_(pages), fill_(fill), backing_(backing) {}
+    // Takes the descriptors over: as long as anybody may punch pages out of the memfd, its number means this file.
+    // `memfd`: of the frames. `journal`: a memfd of one byte a page. `cpus`: how many the faults come from.
+    FileCache(FramePool* pool, int memfd, int journal, uint64_t pages, Fill fill, Backing backing, Policy policy,
+              int cpus);
     ~FileCache();
     FileCache(const FileCache&) = delete;
     FileCache& operator=(const FileCache&) = delete;
 
-    // Resolves a fault on `page` with what is at hand: maps the resident run around it within [first, first+count),
-    // or zero-fills the absent one. Never blocks on more than descriptors that are held for moments.
-    Outcome resolve(const FaultAt& fault, uint64_t page, uint64_t first, uint32_t count);
+    // Resolves a fault on `page` with what is at hand: maps the resident run around it within `around`, or zero-fills
+    // the absent one within `group`, which is part of `around`. Never blocks on more than descriptors that are held for
+    // moments.
+    Outcome resolve(const FaultAt& fault, uint64_t page, Run group, Run around);
 
     // Marks the absent run around `page` within the range as in I/O for the caller; {_, 0} when `page` is not absent.
-    struct Run {
-        uint64_t first;
-        uint32_t count;
-    };
-    Run begin_io(uint64_t page, uint64_t first, uint32_t count);
-    // The run is filled: makes it resident, maps for `fault` what of it lies in the pages [begin, end) that its region
-    // shows, wakes those who waited.
-    Outcome complete_io(const FaultAt& fault, uint64_t page, Run run, uint64_t begin, uint64_t end);
+    Run begin_io(uint64_t page, Run within);
+    // The run is filled: makes it resident, wakes those who waited; and with a `fault` maps for it what lies in the
+    // pages [begin, end) that its region shows.
+    Outcome complete_io(const FaultAt* fault, uint64_t page, Run run, uint64_t begin, uint64_t end);
     // The run could not be filled: absent again and its frames gone (give them back to the pool after it, not before),
     // those who waited try for themselves.
     void abort_io(Run run);
 
-    // Gives up to `count` resident pages back, oldest first; the number given back. Clean file pages only.
-    uint64_t give_back(uint64_t count);
+    // Takes frames back, by the policy of replacement: at most `count`. Dirty pages that would have to go stand in line
+    // for take_laundry() instead.
+    struct Reclaimed {
+        uint64_t given;  // frames
+        uint64_t dirty;  // pages put in line
+    };
+    Reclaimed reclaim(uint64_t count, bool thorough);
+
+    // Writing back. The next run of dirty pages of the range that nobody writes yet: protected in all windows and the
+    // caller's to write, until end_write(). `busy`: pages before it that others write, or that could not be protected.
+    struct Writing {
+        Run run;
+        uint32_t busy;
+    };
+    Writing begin_write(Run within);
+    // The same with pages that stand in line to be evicted; {_, 0}: none does.
+    Run take_laundry(uint32_t most);
+    // `written`: the store has them. `evict`: take the frames of those that are clean now. Frames given back.
+    uint64_t end_write(Run run, bool written, bool evict);
+    // Dirty pages of the range, those being written included, as runs in ascending order.
+    std::vector<Run> dirty_runs(uint64_t first, uint64_t end) const;
+    // Waits until a write-back or a fill ends after `seen`, as counted by endings(); false when the time came first.
+    uint64_t endings() const;
+    bool wait_ending(uint64_t seen, std::chrono::milliseconds timeout);
+
+    // Takes the pages [first, end) away, `dirty` ones too or not; the number of those that cannot go now because they
+    // are in I/O.
+    uint64_t discard(uint64_t first, uint64_t end, bool dirty);
+    // The file has so many pages from now on; those beyond must be discarded, until none is left. False, and nothing
+    // changed, for no page, or more than the journal has room for.
+    bool resize(uint64_t pages);
+
+    // Keeps the frames of the run, all of which must be resident: false else. Pins count.
+    bool pin(Run run);
+    void unpin(Run run);
+
+    // Which pages are absent, as runs, clipped to `most` pages in all: what a prefetch has to bring in.
+    std::vector<Run> absent_runs(uint64_t first, uint64_t end, uint64_t most) const;
+
+    // A fault in [first, end) gives the hint once.
+    void set_marker(HintQueue* queue, uint64_t id, uint64_t first, uint64_t end);
+
+    // After the death of the process that wrote the journal: makes resident what is valid, and frees all other frames.
+    // The number of pages made resident.
+    uint64_t restore();
+
+    void use(Policy policy);
     // Gives all pages back; no region shows the file any more.
     void clear();
 
     void attach(Region* region);
     void detach(Region* region);
 
-    const PageTable& table() const { return table_; }
+    const PageTable& table() const { return *table_; }
     Counts counts() const;
+    size_t bytes() const;
     int memfd() const { return memfd_; }
-    uint64_t pages() const { return pages_; }
+    int journal() const { return journal_fd_; }
+    uint64_t pages() const { return pages_.load(std::memory_order_acquire); }
     Backing backing() const { return backing_; }
     Fill fill() const { return fill_; }
 
   private:
     struct Waiter;
+    struct Journal;
 
-    Outcome map_run(const FaultAt& fault, uint64_t page, Run run);
+    // Of the faults of one CPU.
+    struct alignas(runtime::apart) CpuCounts {
+        std::atomic<uint64_t> mapped{0}, zero_filled{0}, filled{0}, queued{0}, dirtied{0};
+    };
+
+    // Bits of the journal.
+    static constexpr uint8_t kValid = 1;   // the frame holds the page
+    static constexpr uint8_t kDirty = 2;   // and the store does not
+    static constexpr uint8_t kStored = 4;  // of anonymous memory: the store holds a page
+
+    Outcome resolve_resident(const FaultAt& fault, Page* page, Run around);
+    Outcome map_run(const FaultAt& fault, uint64_t page, Run run, bool writable);
     Outcome zero_run(const FaultAt& fault, uint64_t page, Run run, Page** pages);
+    void make_dirty(Page* page, int cpu);
+    void note_use(const FaultAt& fault, Page** pages, uint32_t count) const;
+    void give_hint(uint64_t page);
+    Writing begin_write_locked(Run within, Page** pages);
+    // Evicts this run of locked pages, clean or not; the frames are the pool's again when release_frames() is called.
+    void drop(Run run, Page** pages);
+    void look_at(const std::vector<Replacement::Candidate>& candidates, size_t begin, size_t end, Replacement& order,
+                 bool thorough, Reclaimed& result);
+    template <typename Visit>
+    void each_region(Visit&& visit);
     static Run run_around(Page* const* pages, uint64_t first, uint32_t count, uint64_t page);
     void punch(uint64_t first, uint64_t count) const;
+    void ended();
+    void forget_stored(uint64_t first, uint64_t end);
     static void wake_all(PageWaiter* waiters);
     static PageWaiter* take_waiters(Page** pages, uint32_t count);
+    bool replaceable() const { return backing_ == Backing::file; }
+    uint8_t journaled(uint64_t page) const { return journal_[page].load(std::memory_order_relaxed); }
+    void write_journal(uint64_t page, uint8_t value) { journal_[page].store(value, std::memory_order_release); }
 
     FramePool* const pool_;
     const int memfd_;
-    const uint64_t pages_;
+    const int journal_fd_;
+    std::atomic<uint64_t> pages_;
     const Fill fill_;
     const Backing backing_;
-    PageTable table_;
+    std::unique_ptr<PageTable> table_;
 
-    std::mutex regions_lock_;  // protects regions_; taken with a descriptor locked
+    std::atomic<uint8_t>* journal_ = nullptr;  // a byte a page, and addresses for those to come
+    uint64_t journal_bytes_ = 0;
+    std::atomic<bool> stored_{false};  // some page is, or was, in the store of anonymous memory
+
+    std::mutex regions_lock_;  // protects regions_; taken with descriptors locked; before the HAT's
     std::vector<Region*> regions_;
 
-    std::atomic<uint64_t> mapped_{0}, zero_filled_{0}, filled_{0}, queued_{0}, evicted_{0};
+    std::mutex laundry_lock_;  // protects laundry_; a leaf: taken with descriptors locked
+    std::deque<uint64_t> laundry_;
+
+    std::mutex pins_lock_;  // protects pins_; a leaf: taken with descriptors locked
+    std::map<uint64_t, uint32_t> pins_;
+
+    mutable std::mutex endings_lock_;  // protects endings_; a leaf
+    std::condition_variable ending_;
+    uint64_t endings_ = 0;
+
+    // The marker: read by every fault, written seldom.
+    alignas(runtime::apart) std::atomic<uint64_t> marker_begin_{UINT64_MAX};
+    std::atomic<uint64_t> marker_end_{0};
+    std::atomic<HintQueue*> hints_{nullptr};
+    std::atomic<uint64_t> hint_id_{0};
+
+    const int cpus_;
+    std::unique_ptr<CpuCounts[]> cpu_counts_;
+    alignas(runtime::apart) std::atomic<uint64_t> evicted_{0};
+    std::atomic<uint64_t> cleaned_{0}, written_{0}, probed_{0}, rescued_{0};
+    std::atomic<uint64_t> prefetched_{0}, prefilled_dirty_{0};
+    std::atomic<size_t> next_part_{0};
 };
 
 }  // namespace k42::vm

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "structures/gate.hpp"
+#include "vm/region_gate.hpp"
 
 namespace k42::vm {
 
@@ -12,16 +12,26 @@ class FileCache;
 class Hat;
 
 struct Region {
-    Region(uint64_t start_, uint64_t pages_, uint64_t first_page_, uint32_t group_, FileCache* cache_, Hat* hat_)
-        : start(start_), pages(pages_), first_page(first_page_), group(group_), cache(cache_), hat(hat_) {}
+    Region(uint64_t start_, uint64_t pages_, uint64_t first_page_, uint32_t group_, uint32_t around_, bool tracked_,
+           FileCache* cache_, Hat* hat_)
+        : start(start_),
+          pages(pages_),
+          first_page(first_page_),
+          group(group_),
+          around(around_ > group_ ? around_ : group_),
+          tracked(tracked_),
+          cache(cache_),
+          hat(hat_) {}
 
     const uint64_t start;       // canonical address
     const uint64_t pages;       // length, in pages of 4 KiB
     const uint64_t first_page;  // the file's page at `start`
     const uint32_t group;       // the region's page size, in pages of 4 KiB: what one fault brings in
+    const uint32_t around;      // of so many pages, aligned, those that are resident are mapped by one fault
+    const bool tracked;         // its windows share the frames and are writable: writes to clean pages are faults
     FileCache* const cache;
     Hat* const hat;
-    SharedGate gate;
+    RegionGate gate;
 
     uint64_t page_at(uint64_t canonical) const { return first_page + (canonical - start) / 4096; }
 
@@ -30,9 +40,14 @@ struct Region {
         uint64_t first;
         uint32_t count;
     };
-    Group group_of(uint64_t page) const {
-        uint64_t first = page - page % group;
-        uint64_t end = first + group;
+    Group group_of(uint64_t page) const { return clipped(page, group); }
+    // The pages of which the resident ones are mapped by a fault on `page`, clipped to the region.
+    Group around_of(uint64_t page) const { return clipped(page, around); }
+
+  private:
+    Group clipped(uint64_t page, uint32_t size) const {
+        uint64_t first = page - page % size;
+        uint64_t end = first + size;
         if (first < first_page) first = first_page;
         if (end > first_page + pages) end = first_page + pages;
         return {first, uint32_t(end - first)};

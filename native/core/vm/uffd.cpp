@@ -11,6 +11,9 @@
 #ifndef USERFAULTFD_IOC_NEW
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
+#ifndef UFFDIO_CONTINUE_MODE_WP
+#define UFFDIO_CONTINUE_MODE_WP (1ull << 1)
+#endif
 
 namespace k42::vm {
 
@@ -42,11 +45,13 @@ constexpr int kTries = 1000;
 // event of that change may wait to be read, perhaps by this thread, or by one that waits for a lock that this one
 // holds: so it is read here. `progress` is where the ioctl's argument says how far it came.
 template <class Request, class Count>
-RangeResult on_range(int uffd, unsigned long call, Count Request::* progress, uint64_t start, uint64_t length) {
+RangeResult on_range(int uffd, unsigned long call, Count Request::* progress, uint64_t start, uint64_t length,
+                     uint64_t mode = 0) {
     uint64_t done = 0;
     for (int tries = 0;;) {
         Request request{};
         request.range = {start + done, length - done};
+        request.mode = mode;
         const int error = ioctl(uffd, call, &request) < 0 ? errno : 0;
         const auto count = int64_t(request.*progress);  // negative where nothing was done
         if (count > 0) done += uint64_t(count);
@@ -67,7 +72,7 @@ int open_userfaultfd(bool user_mode_only) {
     uffdio_api api{};
     api.api = UFFD_API;
     api.features = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_THREAD_ID |
-                   UFFD_FEATURE_POISON | UFFD_FEATURE_EVENT_REMAP;
+                   UFFD_FEATURE_POISON | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
     if (ioctl(fd, UFFDIO_API, &api) < 0) {
         close(fd);
         return -EOPNOTSUPP;  // EINVAL here means that a feature is missing
@@ -75,15 +80,29 @@ int open_userfaultfd(bool user_mode_only) {
     return fd;
 }
 
-int register_range(int uffd, uint64_t start, uint64_t length) {
+int register_range(int uffd, uint64_t start, uint64_t length, bool tracked) {
     uffdio_register request{};
     request.range = {start, length};
     request.mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR;
+    if (tracked) request.mode |= UFFDIO_REGISTER_MODE_WP;
     return ioctl(uffd, UFFDIO_REGISTER, &request) < 0 ? errno : 0;
 }
 
-RangeResult continue_range(int uffd, uint64_t start, uint64_t length) {
-    return on_range(uffd, UFFDIO_CONTINUE, &uffdio_continue::mapped, start, length);
+RangeResult continue_range(int uffd, uint64_t start, uint64_t length, bool writable) {
+    const uint64_t mode = writable ? 0 : UFFDIO_CONTINUE_MODE_WP;
+    return on_range(uffd, UFFDIO_CONTINUE, &uffdio_continue::mapped, start, length, mode);
+}
+
+int protect_range(int uffd, uint64_t start, uint64_t length, bool on) {
+    for (int tries = 0;;) {
+        uffdio_writeprotect request{};
+        request.range = {start, length};
+        request.mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0;
+        if (ioctl(uffd, UFFDIO_WRITEPROTECT, &request) == 0) return 0;
+        if (errno != EAGAIN || ++tries == kTries) return errno;
+        drain(uffd);
+        sched_yield();
+    }
 }
 
 RangeResult zero_range(int uffd, uint64_t start, uint64_t length) {

@@ -36,11 +36,16 @@ struct RangeResult {
 // `user_mode_only`: faults from within system calls are not handled, and no privilege is needed.
 int open_userfaultfd(bool user_mode_only);
 
-// Registers the range for MISSING and MINOR faults; 0 or errno.
-int register_range(int uffd, uint64_t start, uint64_t length);
+// Registers the range for MISSING and MINOR faults, and for writes to write-protected pages where they are `tracked`;
+// 0 or errno.
+int register_range(int uffd, uint64_t start, uint64_t length, bool tracked);
 
-// Maps pages that are in the memfd (MINOR), and wakes who waits for them.
-RangeResult continue_range(int uffd, uint64_t start, uint64_t length);
+// Maps pages that are in the memfd (MINOR), and wakes who waits for them. Not `writable`: the next write is a fault,
+// in a range whose writes are tracked.
+RangeResult continue_range(int uffd, uint64_t start, uint64_t length, bool writable);
+
+// Makes the next write to each page of the range a fault (`on`), or lets writes pass and wakes who waits; 0 or errno.
+int protect_range(int uffd, uint64_t start, uint64_t length, bool on);
 
 // Makes zero pages in the memfd, maps them, and wakes who waits for them.
 RangeResult zero_range(int uffd, uint64_t start, uint64_t length);

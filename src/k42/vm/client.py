@@ -29,6 +29,7 @@ from k42.vm.mapping import Mapping, Mode, Shown
 from k42.vm.protocol import MAX_GROUP, PAGE, Message, pages_of
 
 _LINGER = 3.0  # seconds that an embedded kernel waits for another client
+_MAX_HOMES = 64  # CPUs that get a userfaultfd, two descriptors, before a thread of theirs maps anything
 _TRIES = 3  # a kernel found may be about to end
 
 OpenMode = Literal["r", "r+", "w+", "c"]
@@ -42,8 +43,8 @@ _CURES = """any one of these gives it:
     --cap-add SYS_PTRACE together with one of the above)"""
 
 
-def _open_userfaultfd() -> int:
-    """A userfaultfd in the best mode that this process may have."""
+def _open_userfaultfd(*, quiet: bool) -> int:
+    """A userfaultfd in the best mode that this process may have; says when that is not the full one, unless `quiet`."""
     try:
         return _native.open_userfaultfd(False)
     except OSError as error:
@@ -55,6 +56,8 @@ def _open_userfaultfd() -> int:
         descriptor = _native.open_userfaultfd(True)
     except OSError as error:
         raise Unsupported(f"no permission for userfaultfd ({error.strerror}); {_CURES}") from error
+    if quiet:
+        return descriptor
     warnings.warn(
         "userfaultfd is allowed in user mode only: touching a mapping works, but system calls that are given its "
         f"memory (read, write, sendfile …) can fail with EFAULT. For the full mode, {_CURES}",
@@ -70,7 +73,7 @@ class Client:
     Made by `connect`.
     """
 
-    def __init__(self, connection: socket.socket, grace: float) -> None:
+    def __init__(self, connection: socket.socket, grace: float, *, homing: bool = True, sticky: bool = True) -> None:
         # Protects the connection: one request and its reply at a time. Taken by finalizers only if it is free.
         self._lock = threading.Lock()
         self._connection = connection
@@ -79,6 +82,7 @@ class Client:
         self._number = 0  # of the last request
         self.lost = False
         """Whether the kernel was found to be gone: mappings that need it end in SIGBUS, requests fail."""
+        self._homing = homing
         self._uffds: dict[int, int] = {}  # CPU index to descriptor
         self._handed_over: set[int] = set()  # CPU indices whose userfaultfd the kernel has
         self._garbage: collections.deque[tuple[int, int]] = collections.deque()  # windows dropped without close()
@@ -88,7 +92,9 @@ class Client:
             connection.close()
             raise KernelUnavailable(f"the kernel there belongs to user {uid}, not to you")
         try:
-            reply, descriptors = self._exchange({"op": "hello", "version": protocol.VERSION}, ())
+            reply, descriptors = self._exchange(
+                {"op": "hello", "version": protocol.VERSION, "homing": homing, "sticky": sticky}, ()
+            )
             if len(descriptors) != 2 or not {"pid", "budget", "cpus"} <= reply.keys():
                 protocol.close_all(descriptors)
                 raise ProtocolError("what listens there is no kernel of k42")
@@ -182,13 +188,21 @@ class Client:
         with self._lock:
             if self._closing:
                 raise KernelUnavailable("this client is closed")
-            if index not in self._uffds:
-                self._uffds[index] = _open_userfaultfd()
-                self._guard.watch(index, self._uffds[index])
-            if index not in self._handed_over:  # again, where Ctrl-C kept us from knowing
-                self._exchange({"op": "uffd", "cpu": index}, (self._uffds[index],))
-                self._handed_over.add(index)
+            self._serve_cpu(index)
+            # The spans of the mapping may come to be served on any CPU where threads of ours run.
+            for other in range(min(len(self._cpus), _MAX_HOMES)) if self._homing else ():
+                with contextlib.suppress(OSError):  # too many descriptors: then those are served elsewhere
+                    self._serve_cpu(other)
         return index
+
+    def _serve_cpu(self, index: int) -> None:
+        """Has a userfaultfd for this CPU that the kernel serves; call with the lock held."""
+        if index not in self._uffds:
+            self._uffds[index] = _open_userfaultfd(quiet=bool(self._uffds))
+            self._guard.watch(index, self._uffds[index])
+        if index not in self._handed_over:  # again, where Ctrl-C kept us from knowing
+            self._exchange({"op": "uffd", "cpu": index}, (self._uffds[index],))
+            self._handed_over.add(index)
 
     # What users call.
 
@@ -459,24 +473,28 @@ def _group(page_size: int | None) -> int:
     return page_size // PAGE
 
 
-def connect(socket: str | os.PathLike[str] | None = None, *, grace: float = 5.0) -> Client:
+def connect(
+    socket: str | os.PathLike[str] | None = None, *, grace: float = 5.0, homing: bool = True, sticky: bool = True
+) -> Client:
     """Connects to a kernel.
 
     Args:
         socket: where it listens. None: the user's own kernel, which is started when there is none, and ends by
             itself when its last client has gone.
         grace: seconds after the death of the kernel until accesses that wait for it end in SIGBUS.
+        homing: let each 2 MiB of a mapping be served on the CPU of the threads that fault there.
+        sticky: let a thread be kept on one CPU, of those that its affinity mask allows, while it faults.
 
     Raises:
         KernelUnavailable: none listens there; it is of another version, or of another user.
         Unsupported: not Linux.
     """
     if socket is not None:
-        return Client(_dial(Path(socket)), grace)
+        return Client(_dial(Path(socket)), grace, homing=homing, sticky=sticky)
     path = protocol.default_socket()
     for attempt in range(_TRIES):
         try:
-            return Client(_dial_or_start(path), grace)
+            return Client(_dial_or_start(path), grace, homing=homing, sticky=sticky)
         except KernelUnavailable as error:
             if attempt == _TRIES - 1 or not isinstance(error.__cause__, EOFError | OSError):
                 raise

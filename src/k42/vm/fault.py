@@ -14,3 +14,7 @@ class Fault(NamedTuple):
     """The page's address in that window."""
     canonical: int
     """The same page in the region's own addresses."""
+    write: bool = False
+    """Whether it wants to write."""
+    tracked: bool = False
+    """Whether the region tracks writes; the region knows."""

@@ -8,24 +8,58 @@ What is local, what is shared?
 How are representatives made, when do they join?
     One, at the first call.
 How do local and global operations synchronise?
-    By the lock of each page's descriptor: a page is mapped, filled and taken away under it. A page in I/O is marked
-    so; only the fault that marked it fills it, the others are woken at the end.
+    By the lock of each page's descriptor: a page is mapped, filled, written back and taken away under it. A page in I/O
+    is marked so; only the fault that marked it fills it, the others are woken at the end.
 How are they organised?
-    The descriptors are hashed by page index; pages that can be given back also stand in order of arrival.
+    The descriptors are hashed by page index; pages that can be given back also stand in the order of replacement.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import logging
 import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import k42
 from k42 import _native
+from k42.vm.errors import OutOfFrames, StoreError
 from k42.vm.fault import Fault
 from k42.vm.fr import FileRepresentative, ZeroFR
 from k42.vm.hat import Hat
 from k42.vm.pm import Backing, GlobalPageManager, PageManager
-from k42.vm.protocol import PAGE, pages_of
+from k42.vm.protocol import MAX_GROUP, PAGE, pages_of
+
+log = logging.getLogger("k42.kernel")
+
+_WRITE_PAGES = 256  # pages written at once: 1 MiB
+_RETRY = 1.0  # seconds until a store that failed to take pages is tried again
+_PATIENCE = 100  # ms between two looks at pages that others have in I/O
+
+
+class Policy(enum.IntEnum):
+    """Which pages are given back first; see ``native/core/vm/replacement.hpp``."""
+
+    FIFO = 0
+    """In the order in which they came, with a second chance for those that are used (the paper's working set)."""
+    CLOCK = 1
+    """A ring; who was used goes round once more."""
+    S3FIFO = 2
+    """A small queue for pages that are new, a main queue for those that come again."""
+
+
+class Advice(enum.StrEnum):
+    """What a client says of its accesses to come; as ``madvise`` has them."""
+
+    NORMAL = "normal"
+    RANDOM = "random"
+    SEQUENTIAL = "sequential"
+    WILL_NEED = "willneed"
+    DONT_NEED = "dontneed"
 
 
 class Outcome(enum.IntEnum):
@@ -40,10 +74,14 @@ class Outcome(enum.IntEnum):
 
 
 class FileCacheManager(k42.Object):
-    """The interface."""
+    """The interface. Pages are counted in 4 KiB, from the start of the file."""
 
     def native(self) -> _native.FileCache:
         """The native half: what the fault engine goes through."""
+        raise NotImplementedError
+
+    def fr(self) -> FileRepresentative:
+        """The store."""
         raise NotImplementedError
 
     def memfd(self) -> int:
@@ -58,8 +96,9 @@ class FileCacheManager(k42.Object):
         page: int,
         group: tuple[int, int],
         mappable: tuple[int, int],
-    ) -> None:
-        """Finishes a fault on `page`: finds or makes the page, and maps it.
+        inside: Callable[[], AbstractContextManager[bool]],
+    ) -> Callable[[], None] | None:
+        """Finishes a fault on `page`: finds or makes the page, and maps it. Called inside the region's gate.
 
         Args:
             fault: where it happened.
@@ -68,19 +107,69 @@ class FileCacheManager(k42.Object):
             page: index in the file.
             group: (first page, pages) that one fault on this region brings in.
             mappable: [first, end) pages that the region shows.
+            inside: while its context is entered with True the window stays as it was at the fault.
 
-        Raises:
-            OutOfFrames: no frame is to be had; the page stays absent.
-            StoreError: the file could not be read; the page stays absent.
+        Returns:
+            None; or what remains to be done, to be called outside of the gate: the page is in I/O.
         """
         raise NotImplementedError
 
     def give_back(self, frames: int) -> int:
-        """Evicts up to so many clean pages, oldest first; the number evicted."""
+        """Evicts up to so many pages by the policy of replacement, dirty ones after their write-back; how many."""
+        raise NotImplementedError
+
+    def write_back(self, pages: int) -> int:
+        """Writes up to so many dirty pages to the store; how many are written. What fails stays dirty."""
+        raise NotImplementedError
+
+    def flush(self, first: int, end: int) -> None:
+        """Returns when what was written to the pages [first, end) before the call is in the store.
+
+        Raises:
+            StoreError: the store did not take a page; it stays dirty.
+        """
+        raise NotImplementedError
+
+    def prefetch(self, first: int, end: int, pm: PageManager) -> int:
+        """Brings pages in, as many as find room; how many are resident now. Waits for the store.
+
+        Raises:
+            StoreError: the store did not give a page.
+        """
+        raise NotImplementedError
+
+    def resize(self, size: int) -> None:
+        """Makes the file, and what it can show, `size` bytes long; pages behind the new end are lost.
+
+        Raises:
+            StoreError: the store cannot.
+            ValueError: no bytes at all, or too many.
+        """
+        raise NotImplementedError
+
+    def pin(self, first: int, end: int, pm: PageManager) -> None:
+        """Brings pages in and keeps their frames until as many calls of `unpin`.
+
+        Raises:
+            OutOfFrames: they do not fit.
+            StoreError: the store did not give a page.
+        """
+        raise NotImplementedError
+
+    def unpin(self, first: int, end: int) -> None:
+        """Ends one pin of each of these pages."""
+        raise NotImplementedError
+
+    def advise(self, first: int, end: int, advice: Advice, pm: PageManager) -> None:
+        """Takes a hint about the accesses to come."""
+        raise NotImplementedError
+
+    def discard_clean(self) -> None:
+        """Forgets the pages that the store has, since it has others by now; dirty ones stay."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Gives all frames back and closes the store; no region shows the file any more."""
+        """Gives all frames back and closes the store; no region shows the file any more. Dirty pages are lost."""
         raise NotImplementedError
 
     def stat(self) -> dict[str, int | str]:
@@ -93,28 +182,48 @@ class SharedFCM(FileCacheManager):
 
     Args of ``create``:
         global_pm: the frames.
-        fr: what fills absent pages.
+        fr: what fills absent pages, and takes dirty ones.
         backing: who stands behind the frames.
+        cpus: how many CPUs faults come from.
+        policy: which pages go first.
     """
 
     class Root(k42.SharedRoot):
         """Holds the frames and the native half."""
 
-        def __init__(self, global_pm: GlobalPageManager, fr: FileRepresentative, backing: Backing) -> None:
+        def __init__(
+            self,
+            global_pm: GlobalPageManager,
+            fr: FileRepresentative,
+            backing: Backing,
+            cpus: int = 1,
+            policy: Policy = Policy.FIFO,
+        ) -> None:
             self.global_pm = global_pm
             self.fr = fr
             self.backing = backing
-            self.pages = pages_of(fr.size())
             self.cluster = global_pm.cluster() if backing is Backing.FILE else 1
-            memfd = os.memfd_create("k42:" + os.path.basename(fr.name())[:48], os.MFD_CLOEXEC)
+            self.sequential = False  # pages are used once, in order
+            self.random = False  # neighbours of a page are not wanted with it
+            self.failed_until = 0.0  # monotonic time until which the store is not asked to take pages
+            self.flushing = threading.Lock()  # protects the order of resize and flush; before all native locks
+            pages = pages_of(fr.size())
+            frames = journal = -1
             try:
-                os.ftruncate(memfd, self.pages * PAGE)
+                frames = os.memfd_create("k42:" + os.path.basename(fr.name())[:48], os.MFD_CLOEXEC)
+                journal = os.memfd_create("k42-journal", os.MFD_CLOEXEC)
+                os.ftruncate(frames, pages * PAGE)
+                os.ftruncate(journal, pages)
                 if backing is Backing.FILE:
-                    os.fchmod(memfd, 0o400)  # a reader cannot get a writable descriptor by way of /proc
+                    os.fchmod(frames, 0o400)  # a reader cannot get a writable descriptor by way of /proc
                 fill = 0 if isinstance(k42.local(fr), ZeroFR) else 1
-                self.cache = _native.FileCache(global_pm.native(), memfd, self.pages, fill, backing)
+                self.cache = _native.FileCache(
+                    global_pm.native(), frames, journal, pages, fill, backing, policy, cpus
+                )
             except BaseException:
-                os.close(memfd)
+                for descriptor in (frames, journal):
+                    if descriptor >= 0:
+                        os.close(descriptor)
                 raise
 
     root: Root
@@ -122,6 +231,10 @@ class SharedFCM(FileCacheManager):
     def native(self) -> _native.FileCache:
         """The native half."""
         return self.root.cache
+
+    def fr(self) -> FileRepresentative:
+        """The store."""
+        return self.root.fr
 
     def memfd(self) -> int:
         """The descriptor of the frames."""
@@ -135,42 +248,236 @@ class SharedFCM(FileCacheManager):
         page: int,
         group: tuple[int, int],
         mappable: tuple[int, int],
-    ) -> None:
+        inside: Callable[[], AbstractContextManager[bool]],
+    ) -> Callable[[], None] | None:
         """Finishes a fault; see `FileCacheManager.map_page`."""
-        root, cache, native_hat = self.root, self.root.cache, hat.native()
+        cache, native_hat = self.root.cache, hat.native()
+        at = (native_hat, fault.cpu, fault.address, fault.write, fault.tracked)
         while True:
-            outcome = cache.resolve(native_hat, fault.cpu, fault.address, page, *group)
+            outcome = cache.resolve(*at, page, *group)
             if outcome not in (Outcome.ABSENT, Outcome.NO_FRAME):
-                return
+                return None
             first, count = cache.begin_io(page, *self._cluster(page, group))
             if count:
                 break  # else another fault was faster: look again
+
+        def done() -> None:
+            with inside() as shown:
+                if shown:
+                    cache.complete_io(*at, page, first, count, *mappable)
+                else:
+                    cache.complete_prefetch(first, count)
+
+        def failed(error: Exception) -> None:
+            # An access that is not there any more has nothing to be told.
+            with contextlib.suppress(k42.Destroyed), inside() as shown:
+                if shown:
+                    hat.fail(fault.cpu, fault.address, str(error))
+
+        return lambda: self._fill(first, count, pm, done, failed)
+
+    def _fill(
+        self, first: int, count: int, pm: PageManager, done: Callable[[], None], failed: Callable[[Exception], None]
+    ) -> None:
+        """Fills a run that is marked as in I/O: frames first, then bytes; one of `done` and `failed` is called."""
+        root = self.root
         frames = 0
         try:
             pm.allocate(count, root.backing)
             frames = count
-            root.fr.fill(cache.memfd(), first, count)
-        except BaseException:
-            cache.abort_io(first, count)  # before the release: what was filled already still takes frames
+            root.fr.fill(root.cache.memfd(), first, count)
+        except BaseException as error:
+            root.cache.abort_io(first, count)  # before the release: what was filled already still takes frames
             pm.release(frames, root.backing)
-            raise
-        cache.complete_io(native_hat, fault.cpu, fault.address, page, first, count, *mappable)
+            if not isinstance(error, Exception):
+                raise
+            if not isinstance(error, StoreError | OutOfFrames):
+                log.exception("pages %d to %d of %s", first, first + count, root.fr.name())
+                error = StoreError(f"the kernel failed: {type(error).__name__}: {error}")
+            failed(error)
+        else:
+            done()
 
     def _cluster(self, page: int, group: tuple[int, int]) -> tuple[int, int]:
         """What to read at once: the group, or more where reading single pages would cost more than reading on."""
-        cluster = self.root.cluster
+        cluster = 1 if self.root.random else self.root.cluster
         if cluster <= group[1]:
             return group
         first = page - page % cluster
-        return first, min(cluster, self.root.pages - first)
+        return first, min(cluster, self.root.cache.pages() - first)
+
+    def prefetch(self, first: int, end: int, pm: PageManager) -> int:
+        """Brings pages in; see `FileCacheManager.prefetch`."""
+        root = self.root
+        cache = root.cache
+        failures: list[Exception] = []
+        room = root.global_pm.prefetchable()
+        for start, count in cache.absent_runs(first, end, room):
+            while count:
+                begun, got = cache.begin_io(start, start, count)
+                if not got:
+                    got = 1  # somebody else brings it in, or has
+                else:
+                    self._fill(
+                        begun, got, pm, lambda b=begun, g=got: cache.complete_prefetch(b, g), failures.append  # type: ignore[misc]
+                    )
+                    if failures:
+                        raise failures[0]
+                start, count = start + got, count - got
+        return min(end, cache.pages()) - first - sum(count for _, count in cache.absent_runs(first, end, end - first))
 
     def give_back(self, frames: int) -> int:
-        """Evicts clean pages; see `FileCacheManager.give_back`."""
-        return self.root.cache.give_back(frames)
+        """Evicts pages; see `FileCacheManager.give_back`."""
+        cache = self.root.cache
+        given, _ = cache.reclaim(frames, not self.root.sequential)
+        while given < frames and self._store_is_well():
+            first, count = cache.take_laundry(min(_WRITE_PAGES, max(1, frames - given)))
+            if not count:
+                break
+            with contextlib.suppress(StoreError):
+                given += self._write(first, count, evict=True)
+        return given
+
+    def write_back(self, pages: int) -> int:
+        """Writes dirty pages; see `FileCacheManager.write_back`."""
+        cache, written = self.root.cache, 0
+        if not self._store_is_well():
+            return 0
+        for start, length in cache.dirty_runs(0, cache.pages()):
+            first, end = start, start + length
+            while first < end and written < pages:
+                at, count, _ = cache.begin_write(first, min(end - first, _WRITE_PAGES))
+                if not count:
+                    break
+                with contextlib.suppress(StoreError):
+                    self._write(at, count, evict=False)
+                    written += count
+                if not self._store_is_well():
+                    return written
+                first = at + count
+        return written
+
+    def _store_is_well(self) -> bool:
+        return time.monotonic() >= self.root.failed_until
+
+    def _write(self, first: int, count: int, *, evict: bool) -> int:
+        """Writes a run that `begin_write` or `take_laundry` gave us; frames given back."""
+        root = self.root
+        try:
+            root.fr.write_back(root.cache.memfd(), first, count)
+        except BaseException as error:
+            root.cache.end_write(first, count, False, False)
+            root.failed_until = time.monotonic() + _RETRY
+            log.warning("%s: pages %d to %d stay dirty: %s", root.fr.name(), first, first + count, error)
+            raise
+        return root.cache.end_write(first, count, True, evict)
+
+    def flush(self, first: int, end: int) -> None:
+        """Writes dirty pages of a range; see `FileCacheManager.flush`."""
+        cache = self.root.cache
+        failure: StoreError | None = None
+        todo = [(start, start + count) for start, count in cache.dirty_runs(first, end)]
+        while todo:
+            seen = cache.endings()
+            busy: list[tuple[int, int]] = []
+            for start, stop in todo:
+                while start < stop:
+                    at, count, waiting = cache.begin_write(start, min(stop - start, _WRITE_PAGES))
+                    if waiting:
+                        # Others write these, perhaps as they were before the last write to them: look again.
+                        busy.append((start, at if count else min(start + _WRITE_PAGES, stop)))
+                    if not count:
+                        start = min(start + _WRITE_PAGES, stop)
+                        continue
+                    try:
+                        self._write(at, count, evict=False)
+                    except StoreError as error:
+                        failure = failure or error
+                    start = at + count
+            if failure:
+                raise failure
+            todo = busy
+            if todo:
+                cache.wait_ending(seen, _PATIENCE)
+        self.root.fr.sync()
+
+    def resize(self, size: int) -> None:
+        """Changes the length; see `FileCacheManager.resize`."""
+        root = self.root
+        cache, pages = root.cache, pages_of(size)
+        if size < 1:
+            raise ValueError(f"a mapped file has at least one byte, not {size}")
+        with root.flushing:
+            before = cache.pages()
+            if size < root.fr.size():
+                root.fr.resize(size)
+                cache.resize(pages)
+                self._discard(pages, before)
+                if size % PAGE and cache.pin(pages - 1, 1):
+                    # What a longer file shows there later is zeros.
+                    try:
+                        os.pwrite(cache.memfd(), bytes(PAGE - size % PAGE), size)
+                    finally:
+                        cache.unpin(pages - 1, 1)
+                os.ftruncate(cache.memfd(), pages * PAGE)
+            else:
+                root.fr.resize(size)
+                os.ftruncate(cache.journal(), max(pages, os.fstat(cache.journal()).st_size))
+                os.ftruncate(cache.memfd(), pages * PAGE)
+                cache.resize(pages)
+
+    def _discard(self, first: int, end: int) -> None:
+        cache = self.root.cache
+        while True:
+            seen = cache.endings()
+            if not cache.discard(first, end, True):
+                return
+            cache.wait_ending(seen, _PATIENCE)
+
+    def pin(self, first: int, end: int, pm: PageManager) -> None:
+        """Keeps frames; see `FileCacheManager.pin`."""
+        cache, done = self.root.cache, first
+        try:
+            while done < end:
+                count = min(end - done, MAX_GROUP)
+                for _ in range(8):  # pages may go again before they are pinned
+                    if cache.pin(done, count):
+                        break
+                    self.prefetch(done, done + count, pm)
+                else:
+                    raise OutOfFrames(f"{end - first} pages to pin do not fit the kernel's budget")
+                done += count
+        except BaseException:
+            if done > first:
+                self.unpin(first, done)
+            raise
+
+    def unpin(self, first: int, end: int) -> None:
+        """Ends pins; see `FileCacheManager.unpin`."""
+        for start in range(first, end, MAX_GROUP):
+            self.root.cache.unpin(start, min(MAX_GROUP, end - start))
+
+    def advise(self, first: int, end: int, advice: Advice, pm: PageManager) -> None:
+        """Takes a hint; see `FileCacheManager.advise`."""
+        root = self.root
+        match advice:
+            case Advice.NORMAL | Advice.RANDOM | Advice.SEQUENTIAL:
+                root.sequential = advice is Advice.SEQUENTIAL
+                root.random = advice is Advice.RANDOM
+            case Advice.WILL_NEED:
+                self.prefetch(first, end, pm)
+            case Advice.DONT_NEED:
+                if root.backing is Backing.FILE:
+                    self.flush(first, end)
+                    root.cache.discard(first, end, False)
+
+    def discard_clean(self) -> None:
+        """Forgets clean pages; see `FileCacheManager.discard_clean`."""
+        self.root.cache.discard(0, self.root.cache.pages(), False)
 
     def close(self) -> None:
         """Gives all frames back; see `FileCacheManager.close`."""
-        self.root.cache.give_back(self.root.pages)
+        self._discard(0, self.root.cache.pages())
         self.root.fr.close()
         k42.destroy(self.root.fr)
 
@@ -180,7 +487,7 @@ class SharedFCM(FileCacheManager):
         return {
             "name": self.root.fr.name(),
             "backing": self.root.backing.name.lower(),
-            "pages": self.root.pages,
+            "pages": self.root.cache.pages(),
             "descriptors": descriptors,
             "table_bytes": table_bytes,
             **self.root.cache.counts(),

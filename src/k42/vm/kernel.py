@@ -32,10 +32,11 @@ from k42.vm.fault import Fault
 from k42.vm.fcm import FileCacheManager, SharedFCM
 from k42.vm.fr import FileFR, FileRepresentative, ZeroFR
 from k42.vm.hat import Hat, UffdHat
-from k42.vm.pm import Backing, GlobalPageManager, PageManager, ProcessPM, SharedGlobalPM
-from k42.vm.process import Process, SharedProcess
+from k42.vm.pm import Backing, GlobalPageManager, PageManager, ProcessPM
+from k42.vm.process import Process
 from k42.vm.protocol import MAX_GROUP, PAGE, Message
-from k42.vm.region import Region, SharedRegion
+from k42.vm.region import Region
+from k42.vm.variants import Variants
 
 log = logging.getLogger("k42.kernel")
 
@@ -43,6 +44,8 @@ _WORKERS_PER_CPU = 2  # one may wait for frames that the other frees
 _UNUSED_FILES = 256  # file caches kept, without any mapping, for the next who opens the file
 _MAX_LISTED = 64  # file caches whose counts `stat` gives
 _MAX_NAME = 100  # characters, each up to 6 bytes in JSON
+_SPAN = 2 << 20  # bytes: what one page of a page table maps
+_FEW_SPANS = 1024  # a client may always have page tables for so many
 _MAX_ANONYMOUS = 1 << 46  # bytes: what fits a user's address space
 
 
@@ -80,6 +83,8 @@ class _Client:
     process: Process
     hat: Hat
     greeted: bool = False
+    homing: bool = True
+    sticky: bool = True
     cpus: set[int] = field(default_factory=set)  # indices of the CPUs whose userfaultfd it has handed over
     regions: dict[int, _Mapped] = field(default_factory=dict)
 
@@ -91,21 +96,36 @@ class Kernel:
         socket_path: where to listen.
         budget: bytes of memory for pages; resident pages never exceed it.
         linger: seconds without a client after which it ends; None: never.
+        variants: what to make its objects of.
+        homing: move spans of a mapping to the CPUs of the threads that fault there.
+        sticky: keep a thread on its CPU while it faults.
 
     Raises:
         KernelUnavailable: another kernel listens there already.
         OutOfFrames: the budget is below one page.
     """
 
-    def __init__(self, socket_path: Path, budget: int, linger: float | None) -> None:
+    def __init__(
+        self,
+        socket_path: Path,
+        budget: int,
+        linger: float | None,
+        variants: Variants | None = None,
+        *,
+        homing: bool = True,
+        sticky: bool = True,
+    ) -> None:
         if budget < PAGE:
             raise OutOfFrames(f"the budget must be at least one page of {PAGE} bytes, not {budget}")
         self.budget = budget
         self.linger = linger
         self.cpus = sorted(os.sched_getaffinity(0))
         self._path = socket_path
-        self._global_pm: GlobalPageManager = SharedGlobalPM.create(budget // PAGE)
-        self._engine = _native.Engine(self.cpus, True)
+        self._variants = variants or Variants()
+        self._global_pm: GlobalPageManager = self._variants.global_pm.create(budget // PAGE)
+        self._engine = _native.Engine(self.cpus, sticky, homing)
+        # Twice what the budget fills: beyond it most page tables are of pages that have gone.
+        self._most_spans = _FEW_SPANS + 2 * budget // _SPAN
         self._clients: dict[int, _Client] = {}  # by id; written by the main thread, read by workers
         self._files: dict[tuple[int, int], _OpenFile] = {}
         self._unused: collections.OrderedDict[tuple[int, int], None] = collections.OrderedDict()
@@ -210,12 +230,12 @@ class Kernel:
     def _work(self, index: int, cpu: int) -> None:
         os.sched_setaffinity(0, {cpu})
         while (handed_up := self._engine.next(index)) is not None:
-            client_id, _, address, canonical = handed_up
+            client_id, _, address, canonical, write = handed_up
             client = self._clients.get(client_id)
             if client is None:
                 continue  # gone, and its faults with it
             try:
-                client.process.handle_fault(Fault(index, address, canonical))
+                client.process.handle_fault(Fault(index, address, canonical, write))
             except k42.Destroyed:
                 # The region or the whole client went while we were at it. Another mapping may be at the address by
                 # now: never fail it. Who waits there faults again.
@@ -246,12 +266,13 @@ class Kernel:
             return
         client_id = next(self._ids)
         pm: PageManager = ProcessPM.create(self._global_pm)
-        process = SharedProcess.create(pm)
+        process: Process = self._variants.process.create(pm)
         try:
-            hat = UffdHat.create(client_id, process.region_map(), len(self.cpus))
+            hat = UffdHat.create(client_id, process.region_map(), len(self.cpus), self._most_spans)
         except OSError as failure:
             log.warning("no room for process %d: %s", pid, failure)
             connection.close()
+            pm.close()
             for object_ in (process, pm):
                 k42.destroy(object_)
             return
@@ -322,6 +343,8 @@ class Kernel:
                 f"client {message['version']}: end that kernel, or connect to another socket"
             )
         client.greeted = True
+        client.homing = bool(message.get("homing", True))
+        client.sticky = bool(message.get("sticky", True))
         native = client.hat.native()
         assert isinstance(native, _native.UffdHat)
         reply = {"ok": True, "pid": os.getpid(), "cpus": self.cpus, "budget": self.budget}
@@ -341,7 +364,7 @@ class Kernel:
             raise ProtocolError("this CPU has a userfaultfd already")
         descriptors.clear()  # the HAT's now
         client.cpus.add(index)
-        self._engine.add(native, index, client.pid)
+        self._engine.add(native, index, client.pid, client.sticky, client.homing)
         return {"ok": True}, []
 
     def _cpu(self, message: Message) -> int:
@@ -371,7 +394,7 @@ class Kernel:
         else:
             fcm, reserved = self._make_anonymous(size, group, overcommit=bool(message["overcommit"]))
         try:
-            region = SharedRegion.create(fcm, client.hat, base, size // PAGE, first, group)
+            region = self._variants.region.create(fcm, client.hat, base, size // PAGE, first, group)
         except BaseException:
             self._let_go(fcm, file, reserved)
             raise
@@ -381,7 +404,7 @@ class Kernel:
                 self._forget(client, base, size)
                 if not client.process.attach_region(base, region):
                     raise ProtocolError("the addresses overlap another mapping")
-            self._add_window(client, mapped, index, base)
+            self._add_window(client, mapped, index, base, follows=True)
             fcm.native().attach(region.native())
             sent = self._descriptor(fcm, writable=file is None)
         except BaseException:
@@ -420,7 +443,7 @@ class Kernel:
 
     def _make_fcm(self, fr: FileRepresentative, backing: Backing) -> FileCacheManager:
         try:
-            return SharedFCM.create(self._global_pm, fr, backing)
+            return SharedFCM.create(self._global_pm, fr, backing, len(self.cpus))
         except Exception as error:
             fr.close()
             k42.destroy(fr)
@@ -492,13 +515,13 @@ class Kernel:
             raise ProtocolError("this CPU has no userfaultfd, or the window is there already")
         if base % PAGE or (base < mapped.start + mapped.size and mapped.start < base + mapped.size):
             raise ProtocolError("a window is whole pages, and beside the region's own addresses")
-        self._add_window(client, mapped, index, base)
+        self._add_window(client, mapped, index, base, follows=False)
         return {"ok": True}, []
 
-    def _add_window(self, client: _Client, mapped: _Mapped, index: int, base: int) -> None:
-        if not client.hat.add_window(index, base, mapped.size, mapped.start):
+    def _add_window(self, client: _Client, mapped: _Mapped, index: int, base: int, *, follows: bool) -> None:
+        if not client.hat.add_window(index, base, mapped.size, mapped.start, follows=follows):
             self._forget(client, base, mapped.size)
-            if not client.hat.add_window(index, base, mapped.size, mapped.start):
+            if not client.hat.add_window(index, base, mapped.size, mapped.start, follows=follows):
                 raise ProtocolError("the window overlaps another")
         mapped.windows[base] = index
 
@@ -509,7 +532,8 @@ class Kernel:
         """
         for start, mapped in list(client.regions.items()):
             for window in [window for window in mapped.windows if window < base + size and base < window + mapped.size]:
-                client.hat.remove_window(mapped.windows.pop(window), window, mapped.size)
+                del mapped.windows[window]
+                client.hat.remove_window(window, mapped.size)
             if not mapped.windows or (start < base + size and base < start + mapped.size):
                 del client.regions[start]
                 self._destroy(client, mapped)
@@ -519,7 +543,8 @@ class Kernel:
         mapped = client.regions.get(start)
         if mapped is None or base not in mapped.windows:
             return {"ok": True}, []  # of a request that the client did not see answered
-        client.hat.remove_window(mapped.windows.pop(base), base, mapped.size)
+        del mapped.windows[base]
+        client.hat.remove_window(base, mapped.size)
         if not mapped.windows:
             del client.regions[start]
             self._destroy(client, mapped)
@@ -534,8 +559,8 @@ class Kernel:
     def _destroy(self, client: _Client, mapped: _Mapped) -> None:
         """Ends a region: no fault is inside, none can come, then all that it had goes."""
         mapped.region.shutdown()
-        for base, index in mapped.windows.items():
-            client.hat.remove_window(index, base, mapped.size)
+        for base in mapped.windows:
+            client.hat.remove_window(base, mapped.size)
         client.process.detach_region(mapped.start)
         self._engine.synchronize()
         mapped.fcm.native().detach(mapped.region.native())
@@ -553,6 +578,7 @@ class Kernel:
         client.regions.clear()
         for mapped in regions:
             self._destroy(client, mapped)
+        client.pm.close()
         for object_ in (client.process, client.pm, client.hat):
             k42.destroy(object_)
         self._idle_since = time.monotonic()
@@ -586,7 +612,14 @@ def default_budget() -> int:
 
 
 def serve(
-    socket: str | None = None, budget: int | None = None, linger: float | None = None, *, all_cpus: bool = False
+    socket: str | None = None,
+    budget: int | None = None,
+    linger: float | None = None,
+    *,
+    all_cpus: bool = False,
+    objects: str = "distributed",
+    homing: bool = True,
+    sticky: bool = True,
 ) -> None:
     """Runs a kernel in this process until SIGINT, SIGTERM, or the end of `linger`.
 
@@ -595,11 +628,16 @@ def serve(
         budget: bytes of memory for pages; None: a quarter of the machine's.
         linger: seconds without a client after which to end; None: never.
         all_cpus: serve every CPU of the machine, not only those that this process was started on.
+        objects: what to make its objects of; see `Variants.named`.
+        homing: move spans of 2 MiB of a mapping to the CPUs of the threads that fault there.
+        sticky: keep a thread on its CPU while it faults.
 
     Raises:
+        ValueError: there are no such objects.
         KernelUnavailable: another kernel listens there already.
         OutOfFrames: the budget is below one page.
     """
+    variants = Variants.named(objects)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two descriptors a file, one a client and CPU
@@ -610,7 +648,8 @@ def serve(
     # Between the making of the socket and the handlers a signal would leave it behind: it waits.
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
     try:
-        kernel = Kernel(path, default_budget() if budget is None else budget, linger)
+        budget = default_budget() if budget is None else budget
+        kernel = Kernel(path, budget, linger, variants, homing=homing, sticky=sticky)
 
         def on_signal(number: int, _: object) -> None:
             log.info("%s: ending", signal.Signals(number).name)

@@ -68,6 +68,9 @@ def launch(
     linger: float | None = None,
     *,
     all_cpus: bool = False,
+    objects: str | None = None,
+    homing: bool = True,
+    sticky: bool = True,
 ) -> KernelProcess:
     """Starts ``k42 serve`` and returns when it answers.
 
@@ -76,6 +79,9 @@ def launch(
         budget: bytes of memory for pages; None: a quarter of the machine's.
         linger: seconds without a client after which it ends by itself; None: never.
         all_cpus: serve every CPU of the machine, not only those that this thread may use.
+        objects: what to make its objects of, as ``k42 serve --objects`` has it; None: its default.
+        homing: move spans of a mapping to the CPUs of the threads that fault there.
+        sticky: keep a thread on its CPU while it faults.
 
     Raises:
         KernelUnavailable: it ended at once, or does not answer; the message says where its log is.
@@ -89,6 +95,12 @@ def launch(
         command += ["--linger", str(linger)]
     if all_cpus:
         command += ["--all-cpus"]
+    if objects is not None:
+        command += ["--objects", objects]
+    if not homing:
+        command += ["--no-homing"]
+    if not sticky:
+        command += ["--no-sticky"]
     with open(log, "ab", opener=_private) as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0, close_fds=True

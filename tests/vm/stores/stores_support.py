@@ -31,6 +31,9 @@ class Frames:
         """What clients write into pages."""
         os.pwrite(self.memfd, data, first * PAGE)
 
+    def read(self) -> bytes:
+        return os.pread(self.memfd, self.pages * PAGE, 0)
+
     def close(self) -> None:
         os.close(self.memfd)
 

@@ -101,6 +101,16 @@ class FileFR(FileRepresentative):
             self._fill_piece(memfd, offset, piece)
             offset += piece
 
+    def read_range(self, offset: int, length: int) -> bytes:
+        """Bytes of the version that was opened; see `FileRepresentative.read_range`."""
+        pieces = []
+        end = offset + length
+        for start in range(offset, end, _frames.CHUNK):
+            pieces.append(bytes(self._read(start, min(_frames.CHUNK, end - start))))
+        if self.changed():
+            raise StoreError("it changed since it was opened", url=self.root.name, offset=offset)
+        return b"".join(pieces)
+
     def _fill_piece(self, memfd: int, offset: int, length: int) -> None:
         root = self.root
         before = root.seen

@@ -29,6 +29,13 @@ class Traits:
     backoff: float = 0.1
     timeout: float = 30.0
 
+    def __post_init__(self) -> None:
+        limits = {"concurrency": 1, "cluster": 1, "read_ahead": 0, "retries": 0, "backoff": 0.0, "timeout": 0.001}
+        for name, least in limits.items():
+            value = getattr(self, name)
+            if type(value) not in (int, type(least)) or not least <= value < 1 << 32:
+                raise ValueError(f"{name} is a number of at least {least}, not {value!r}")
+
 
 class FileRepresentative(k42.Object):
     """The interface: one file, or one source of pages. Shared by all processors.
@@ -71,6 +78,15 @@ class FileRepresentative(k42.Object):
         """
         raise NotImplementedError
 
+    def read_range(self, offset: int, length: int) -> bytes | bytearray:
+        """Bytes of the version that was opened, all inside of it, for an FR that keeps something of its own in there.
+
+        Raises:
+            StoreError: they are not to be had, or it changed.
+            Unsupported: this kind of store gives pages only.
+        """
+        raise Unsupported(f"{self.name()} is no store for something else to lie in")
+
     def writable(self) -> bool:
         """Whether `write_back` and `resize` are there."""
         return False
@@ -106,6 +122,9 @@ class FileRepresentative(k42.Object):
     def native_descriptor(self) -> int:
         """A descriptor that native code may fill pages from by ``pread``; -1: there is none. Stays the FR's."""
         return -1
+
+    def cancel(self) -> None:
+        """Who waits for the store gives up soon, with a `StoreError`, now and from now on: the FR is to be closed."""
 
     def close(self) -> None:
         """Lets go of the store; nobody is inside any method, and nobody will be."""

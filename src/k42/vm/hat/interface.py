@@ -18,20 +18,21 @@ class Hat(k42.Object):
         """The native half."""
         raise NotImplementedError
 
-    def add_window(self, cpu: int, base: int, size: int, canonical: int) -> bool:
+    def add_window(self, cpu: int, base: int, size: int, canonical: int, *, follows: bool = False) -> bool:
         """Lists a window: `size` bytes at `base` that show the region's addresses from `canonical`.
 
-        Returns False, and nothing changed, when it overlaps another window of the CPU.
+        Its faults are served on this CPU; with `follows` its spans of 2 MiB move to the CPUs of the threads that fault
+        there. Returns False, and nothing changed, when it overlaps another window.
         """
-        return self.native().add_window(cpu, base, size, canonical)
+        return self.native().add_window(cpu, base, size, canonical, follows)
 
-    def remove_window(self, cpu: int, base: int, size: int) -> None:
+    def remove_window(self, base: int, size: int) -> None:
         """Forgets a window, and lets faults that wait on it happen again (and find it gone)."""
-        self.native().remove_window(cpu, base)
-        self.native().wake(cpu, base, size)
+        self.native().remove_window(base)
+        self.native().wake_everywhere(base, size)
 
     def shows(self, cpu: int, address: int, canonical: int) -> bool:
-        """Whether a window of the CPU shows the region's address `canonical` at `address`."""
+        """Whether a window shows the region's address `canonical` at `address`."""
         return self.native().canonical(cpu, address) == canonical
 
     def wake(self, cpu: int, address: int) -> None:

@@ -14,13 +14,14 @@ class UffdHat(Hat):
         id: names the client to the engine's hand-ups.
         region_map: the process's.
         cpus: how many CPUs the kernel serves.
+        most_spans: of 2 MiB; where the client's windows have page tables for more, those of idle ones are freed.
     """
 
     class Root(k42.SharedRoot):
         """Holds the native half."""
 
-        def __init__(self, id: int, region_map: _native.RegionMap, cpus: int) -> None:
-            self.hat = _native.UffdHat(id, region_map, cpus)
+        def __init__(self, id: int, region_map: _native.RegionMap, cpus: int, most_spans: int) -> None:
+            self.hat = _native.UffdHat(id, region_map, cpus, most_spans)
 
     root: Root
 

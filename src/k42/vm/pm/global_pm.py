@@ -1,13 +1,21 @@
 """The Global Page Manager: all page frames of the kernel, under its budget (paper section 4.2, figure 7).
 
+There are two, and each can be put in the other's place by `k42.swap` while frames are taken and given. The native half,
+which counts the frames, stays the same object (``native/core/vm/frame_pool.hpp``).
+
 What is local, what is shared?
-    `SharedGlobalPM` has one representative: the count of frames and the list of FCMs, each under a lock, are shared.
+    `SharedGlobalPM`: the count of frames and the ring of FCMs, each under a lock, are shared. `DistributedGlobalPM`:
+    each processor has a stock of free frames, and a ring of the FCMs that were attached there. The overflow, from
+    which the stocks are filled, is shared; and so are the promises.
 How are representatives made, when do they join?
-    One, at the first call.
+    The shared one at the first call. Of the distributed one each processor's at its first call, with an empty ring; its
+    stock when it first takes a frame.
 How do local and global operations synchronise?
-    By the lock of the frame pool. Reclaiming asks one FCM after the other, with no lock of its own held.
+    A stock has at most a few frames, and what is too much goes to the overflow. Who finds no frame there takes what all
+    stocks have, so that the budget can be used to the last frame, and it is exceeded at no moment. Reclaiming asks one
+    FCM after the other, those of its own ring first, with no lock of its own held.
 How are they organised?
-    FCMs stand in a ring, so that all give back in turn.
+    FCMs stand in a ring, so that all give back in turn; a distributed one has its processor's, the home of the FCM.
 """
 
 from __future__ import annotations
@@ -15,7 +23,8 @@ from __future__ import annotations
 import enum
 import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
 
 import k42
 from k42 import _native
@@ -34,6 +43,19 @@ class Backing(enum.IntEnum):
     """Anonymous memory whose frames were promised when it was made."""
     OVERCOMMITTED = 2
     """Anonymous memory that only gets what nobody else was promised."""
+
+
+class Level(enum.IntEnum):
+    """How many frames are free."""
+
+    CRITICAL = 0
+    """Nearly none: who can wait should."""
+    LOW = 1
+    """Caches should give frames back until it is `MID`."""
+    MID = 2
+    """Enough."""
+    HIGH = 3
+    """Plenty; or the budget is too small to keep any frame free ahead of need."""
 
 
 _GRANTED, _RECLAIM, _EXHAUSTED = range(3)
@@ -88,8 +110,20 @@ class GlobalPageManager(k42.Object):
         """This FCM is asked no more."""
         raise NotImplementedError
 
+    def level(self) -> Level:
+        """How many frames are free."""
+        raise NotImplementedError
+
+    def check(self) -> bool:
+        """Whether all frames, promises and accounts add up, at one moment; true at any time."""
+        raise NotImplementedError
+
     def cluster(self) -> int:
         """How many pages to read at once from a file."""
+        raise NotImplementedError
+
+    def prefetchable(self) -> int:
+        """How many frames one request may fill ahead of time, without pushing out what it has just brought in."""
         raise NotImplementedError
 
     def usage(self) -> dict[str, int]:
@@ -97,23 +131,80 @@ class GlobalPageManager(k42.Object):
         raise NotImplementedError
 
 
-class SharedGlobalPM(GlobalPageManager):
-    """The non-distributed Global PM: one pool, one lock (figure 7, left).
+class _Ring:
+    """FCMs that are asked for pages in turn."""
+
+    def __init__(self, fcms: Iterable[FileCacheManager] = ()) -> None:
+        self.lock = threading.Lock()  # protects fcms; a leaf: no call into an FCM while it is held
+        self.fcms: dict[FileCacheManager, None] = dict.fromkeys(fcms)  # whose turn comes first stands first
+
+    def add(self, fcm: FileCacheManager) -> None:
+        """Adds one that is not there."""
+        with self.lock:
+            self.fcms[fcm] = None
+
+    def remove(self, fcm: FileCacheManager) -> bool:
+        """Removes one; False when it is not there."""
+        with self.lock:
+            return fcm in self.fcms and self.fcms.pop(fcm) is None
+
+    def had_its_turn(self, fcm: FileCacheManager) -> None:
+        """It is asked after all others from now on."""
+        with self.lock:
+            if fcm in self.fcms:
+                del self.fcms[fcm]
+                self.fcms[fcm] = None
+
+    def now(self) -> list[FileCacheManager]:
+        """All, in the order of their turns."""
+        with self.lock:
+            return list(self.fcms)
+
+
+class _State:
+    """What the roots have in common: the pool.
 
     Args of ``create``:
-        budget: frames of 4 KiB.
+        budget: frames of 4 KiB. None: it comes with the state of another implementation.
     """
 
-    class Root(k42.SharedRoot):
-        """Holds the pool and the ring of FCMs."""
+    distributed: ClassVar[bool]
+    pool: _native.FramePool
 
-        def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int | None = None) -> None:
+        if budget is not None:
             self.budget = budget
-            self.pool = _native.FramePool(budget)
-            self.lock = threading.Lock()  # protects fcms; a leaf: no call into an FCM while it is held
-            self.fcms: list[FileCacheManager] = []
+            self.pool = _native.FramePool(budget, self.distributed)
 
-    root: Root
+    def rings(self) -> list[_Ring]:
+        """All rings of FCMs."""
+        raise NotImplementedError
+
+    def export_state(self, form: str) -> tuple[int, _native.FramePool, list[FileCacheManager]]:
+        """Return the budget, the pool and the FCMs."""
+        return self.budget, self.pool, [fcm for ring in self.rings() for fcm in ring.now()]
+
+    def import_state(self, form: str, state: tuple[int, _native.FramePool, list[FileCacheManager]]) -> None:
+        """Go on with another implementation's pool, which is changed while frames are taken and given."""
+        self.budget, self.pool, fcms = state
+        self.adopt(fcms)
+        self.pool.distribute(self.distributed)
+
+    def adopt(self, fcms: list[FileCacheManager]) -> None:
+        """Takes these FCMs into its rings."""
+        raise NotImplementedError
+
+
+class _GlobalPM(GlobalPageManager):
+    """What both implementations do alike."""
+
+    transfers: ClassVar[tuple[str, ...]] = ("frames",)
+
+    root: _State
+
+    def _rings(self) -> list[_Ring]:
+        """The rings in the order in which to ask."""
+        return self.root.rings()
 
     def native(self) -> _native.FramePool:
         """The native half."""
@@ -141,19 +232,15 @@ class SharedGlobalPM(GlobalPageManager):
         # Not all of what files have: an access that lies across two pages needs the one that came last.
         wanted = max(frames, min(self.root.budget // 16, self.usage()["file"] // 4, 512))
         given = 0
-        with self.root.lock:
-            ring = list(self.root.fcms)
-        for fcm in ring:
-            try:
-                given += fcm.give_back(wanted - given)
-            except k42.Destroyed:
-                continue  # its file was closed since we looked: its frames are free
-            with self.root.lock:
-                if fcm in self.root.fcms:
-                    self.root.fcms.remove(fcm)
-                    self.root.fcms.append(fcm)
-            if given >= wanted:
-                break
+        for ring in self._rings():
+            for fcm in ring.now():
+                try:
+                    given += fcm.give_back(wanted - given)
+                except k42.Destroyed:
+                    continue  # its file was closed since we looked: its frames are free
+                ring.had_its_turn(fcm)
+                if given >= wanted:
+                    return given
         return given
 
     def release(self, frames: int, backing: Backing) -> None:
@@ -182,19 +269,27 @@ class SharedGlobalPM(GlobalPageManager):
                 f"{self._text(self.root.budget)}: ask for a smaller page_size, or start it with a larger `--budget`"
             )
 
-    def attach_fcm(self, fcm: FileCacheManager) -> None:
-        """This FCM's pages can be asked back."""
-        with self.root.lock:
-            self.root.fcms.append(fcm)
-
     def detach_fcm(self, fcm: FileCacheManager) -> None:
         """This FCM is asked no more."""
-        with self.root.lock:
-            self.root.fcms.remove(fcm)
+        if not any(ring.remove(fcm) for ring in self._rings()):
+            raise ValueError("this FCM is not attached")
+
+    def level(self) -> Level:
+        """How many frames are free."""
+        return Level(self.root.pool.level())
+
+    def check(self) -> bool:
+        """Whether all frames add up; see `GlobalPageManager.check`."""
+        return self.root.pool.check()
 
     def cluster(self) -> int:
         """How many pages to read at once: fewer when the budget is tiny."""
         return max(1, min(_CLUSTER, self.root.budget // 4))
+
+    def prefetchable(self) -> int:
+        """How many frames one request may fill ahead of time: half of what is not promised to others."""
+        usage = self.usage()
+        return max(1, (usage["budget"] - usage["reserved"] - usage["overcommitted"]) // 2)
 
     def usage(self) -> dict[str, int]:
         """Frames in use and promised, by kind."""
@@ -212,3 +307,74 @@ class SharedGlobalPM(GlobalPageManager):
                 return f"{size:.4g} {unit}"
             size /= 1024
         return f"{size:.4g} TiB"
+
+
+class SharedGlobalPM(_GlobalPM):
+    """The non-distributed Global PM: one pool, one lock (figure 7, left).
+
+    Args of ``create``:
+        budget: frames of 4 KiB.
+    """
+
+    class Root(_State, k42.SharedRoot):
+        """Holds the pool and the ring of FCMs."""
+
+        distributed = False
+
+        def __init__(self, budget: int | None = None) -> None:
+            super().__init__(budget)
+            self.ring = _Ring()
+
+        def rings(self) -> list[_Ring]:
+            """The one ring."""
+            return [self.ring]
+
+        def adopt(self, fcms: list[FileCacheManager]) -> None:
+            """Takes these FCMs into its ring."""
+            self.ring = _Ring(fcms)
+
+    root: Root
+
+    def attach_fcm(self, fcm: FileCacheManager) -> None:
+        """This FCM's pages can be asked back."""
+        self.root.ring.add(fcm)
+
+
+class DistributedGlobalPM(_GlobalPM):
+    """The distributed Global PM: a stock of free frames and a ring of FCMs for each processor (figure 7, right).
+
+    Args of ``create``:
+        budget: frames of 4 KiB.
+    """
+
+    class Root(_State, k42.DistributedRoot):
+        """Holds the pool, and the FCMs that no processor of this implementation has attached."""
+
+        distributed = True
+
+        def __init__(self, budget: int | None = None) -> None:
+            super().__init__(budget)
+            self.adopted = _Ring()
+
+        def rings(self) -> list[_Ring]:
+            """The ring of each processor, and that of those who were there before."""
+            return [self.adopted, *(rep.ring for rep in self.reps())]
+
+        def adopt(self, fcms: list[FileCacheManager]) -> None:
+            """Takes these FCMs into a ring that is no processor's."""
+            self.adopted = _Ring(fcms)
+
+    root: Root
+
+    def __init__(self) -> None:
+        self.ring = _Ring()
+        self._turn = 0  # which of the others' rings comes first
+
+    def _rings(self) -> list[_Ring]:
+        others = [ring for ring in self.root.rings() if ring is not self.ring]
+        self._turn = (self._turn + 1) % len(others)
+        return [self.ring, *others[self._turn :], *others[: self._turn]]
+
+    def attach_fcm(self, fcm: FileCacheManager) -> None:
+        """This FCM's pages can be asked back: first by the processor of the caller, the home of the FCM."""
+        self.ring.add(fcm)

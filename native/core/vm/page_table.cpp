@@ -1,12 +1,12 @@
-#include "structures/page_table.hpp"
+#include "vm/page_table.hpp"
 
 #include <algorithm>
 
 #include "structures/futex.hpp"
 
-namespace k42 {
+namespace k42::vm {
 
-bool PageTable::try_lock(Page* page) {
+bool SharedPageTable::try_lock(Page* page) {
     uint32_t seen = page->word.load(std::memory_order_relaxed);
     while (!(seen & Page::kLocked)) {
         if (page->word.compare_exchange_weak(seen, seen | Page::kLocked, std::memory_order_acquire)) return true;
@@ -14,8 +14,12 @@ bool PageTable::try_lock(Page* page) {
     return false;
 }
 
-Page* PageTable::find_or_allocate(uint64_t index) {
-    if (Page* page = pages_.find(spread(index), [&](const Page& p) { return p.index == index; })) return page;
+Page* SharedPageTable::find(uint64_t index) const {
+    return pages_.find(spread(index), [&](const Page& p) { return p.index == index; });
+}
+
+Page* SharedPageTable::find_or_allocate(uint64_t index) {
+    if (Page* page = find(index)) return page;
     if (!free_) {
         const size_t count = std::clamp<size_t>(slab_pages_, 16, 2048);
         auto slab = std::make_unique<Page[]>(count);
@@ -33,7 +37,7 @@ Page* PageTable::find_or_allocate(uint64_t index) {
     return page;
 }
 
-void PageTable::lock(uint64_t first, uint32_t count, Page** out) {
+void SharedPageTable::lock(uint64_t first, uint32_t count, Page** out) {
     for (;;) {
         Page* busy = nullptr;
         uint32_t seen = 0;
@@ -60,7 +64,7 @@ void PageTable::lock(uint64_t first, uint32_t count, Page** out) {
     }
 }
 
-void PageTable::unlock(Page** pages, uint32_t count) {
+void SharedPageTable::unlock(Page** pages, uint32_t count) {
     uint32_t absent = 0;
     for (uint32_t i = 0; i < count; ++i) {
         Page* page = pages[i];
@@ -68,7 +72,7 @@ void PageTable::unlock(Page** pages, uint32_t count) {
             pages[absent++] = page;
             continue;
         }
-        const uint32_t seen = page->word.fetch_and(Page::kState, std::memory_order_release);
+        const uint32_t seen = page->word.fetch_and(~(Page::kLocked | Page::kAwaited), std::memory_order_release);
         if (seen & Page::kAwaited) futex_wake_all(page->word);
     }
     if (absent == 0) return;
@@ -83,42 +87,57 @@ void PageTable::unlock(Page** pages, uint32_t count) {
     }
 }
 
-void PageTable::make_resident(Page** pages, uint32_t count) {
+PageTable::Run SharedPageTable::lock_around(Page* page, uint64_t first, uint32_t count, Page** out) {
+    const uint64_t at = page->index;
+    const bool dirty = page->is(Page::kDirty);
+    const auto joins = [&](uint64_t index) -> Page* {
+        Page* other = find(index);
+        if (!other || !try_lock(other)) return nullptr;
+        if (other->state() == PageState::resident && other->is(Page::kDirty) == dirty) return other;
+        const uint32_t seen = other->word.fetch_and(~(Page::kLocked | Page::kAwaited), std::memory_order_release);
+        if (seen & Page::kAwaited) futex_wake_all(other->word);
+        return nullptr;
+    };
     std::lock_guard guard(lock_);
-    for (uint32_t i = 0; i < count; ++i) {
-        pages[i]->set_state(PageState::resident);
-        order_.push_back(pages[i]->index);
+    uint64_t begin = at;
+    uint64_t end = at + 1;
+    while (begin > first) {
+        Page* other = joins(begin - 1);
+        if (!other) break;
+        out[--begin - first] = other;
     }
+    std::move(out + (begin - first), out + (at - first), out);
+    out[at - begin] = page;
+    while (end < first + count) {
+        Page* other = joins(end);
+        if (!other) break;
+        out[end++ - begin] = other;
+    }
+    return {begin, uint32_t(end - begin)};
 }
 
-std::vector<uint64_t> PageTable::take_oldest(size_t count) {
-    std::lock_guard guard(lock_);
-    const size_t taken = std::min(count, order_.size());
-    std::vector<uint64_t> oldest(order_.begin(), order_.begin() + ptrdiff_t(taken));
-    order_.erase(order_.begin(), order_.begin() + ptrdiff_t(taken));
-    return oldest;
-}
-
-size_t PageTable::size() const {
+size_t SharedPageTable::size() const {
     std::lock_guard guard(lock_);
     return pages_.size();
 }
 
-size_t PageTable::bytes() const {
+size_t SharedPageTable::bytes() const {
     std::lock_guard guard(lock_);
-    return sizeof(*this) + pages_.bytes() + slab_pages_ * sizeof(Page) + order_.size() * sizeof(uint64_t);
+    return sizeof(*this) + pages_.bytes() + slab_pages_ * sizeof(Page);
+}
+
+void SharedPageTable::each(const std::function<void(const Page&)>& visit) const {
+    std::lock_guard guard(lock_);
+    pages_.each(visit);
 }
 
 std::vector<uint64_t> PageTable::resident() const {
     std::vector<uint64_t> indices;
-    {
-        std::lock_guard guard(lock_);
-        pages_.each([&](const Page& page) {
-            if (page.state() == PageState::resident) indices.push_back(page.index);
-        });
-    }
+    each([&](const Page& page) {
+        if (page.state() == PageState::resident) indices.push_back(page.index);
+    });
     std::sort(indices.begin(), indices.end());
     return indices;
 }
 
-}  // namespace k42
+}  // namespace k42::vm

@@ -1,0 +1,214 @@
+// Who has how many frames (paper 4.2, the PM of each process): an account for each client, with a limit if it has one,
+// and a table of all, in which a page's descriptor names its account by 16 bits.
+//
+// Frames are charged where they are taken and uncharged where they are given back, on whatever processor: both are
+// local to it (see quota.hpp), and the limit is exact all the same.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <optional>
+#include <vector>
+
+#include "alloc/allocator.hpp"
+#include "runtime/retire.hpp"
+#include "runtime/within.hpp"
+#include "structures/quota.hpp"
+
+namespace k42::vm {
+
+class alignas(runtime::apart) Account {
+  public:
+    static constexpr uint64_t kNoLimit = std::numeric_limits<int64_t>::max() / 4;
+
+    Account(uint16_t id, uint64_t limit, bool distributed)
+        : id_(id), limit_(limit), quota_({int64_t(limit)}, chunk_of(limit), distributed) {}
+
+    // Counts the frames as this client's; false, and nothing changed, when that is more than its limit, or when the
+    // account is closed.
+    bool charge(uint64_t frames) { return quota_.take(int64_t(frames), 1, 0).lacks < 0; }
+    void uncharge(uint64_t frames) { quota_.put(int64_t(frames), 1, 0); }
+
+    // Exact while nobody charges.
+    uint64_t used() const { return uint64_t(quota_.counted(0)); }
+    uint64_t limit() const { return limit_; }
+    uint16_t id() const { return id_; }
+
+    // At one moment: what is charged and what is left are the limit.
+    bool check() const {
+        const auto balance = quota_.balance();
+        return balance.counts[0] >= 0 &&
+               balance.counts[0] + balance.at_root[0] + balance.in_parts[0] == int64_t(limit_);
+    }
+
+    void distribute(bool distributed) { quota_.distribute(distributed); }
+
+    static int64_t chunk_of(uint64_t total) { return std::clamp<int64_t>(int64_t(total / 256), 1, 64); }
+
+  private:
+    friend class Accounts;
+
+    const uint16_t id_;
+    const uint64_t limit_;
+    Quota<1, 1> quota_;
+};
+
+// Number 0 is nobody's. A number that was closed is given again once the account is empty and no request of the runtime
+// can have read it.
+class Accounts {
+  public:
+    explicit Accounts(uint64_t budget)
+        : budget_(budget), above_(zeroes<std::atomic<bool>>()), accounts_(zeroes<std::atomic<Account*>>()) {
+        above_[0].store(true, std::memory_order_relaxed);
+    }
+    Accounts(const Accounts&) = delete;
+    Accounts& operator=(const Accounts&) = delete;
+    ~Accounts() {
+        for (size_t id = 1; id < unused_; ++id) alloc::destroy(accounts_[id].load(std::memory_order_relaxed));
+    }
+
+    // A new account, until `close`; nullptr when all numbers are taken.
+    Account* open(std::optional<uint64_t> limit, bool distributed) {
+        sweep();
+        std::lock_guard guard(lock_);
+        uint16_t id;
+        if (const auto freed = freed_->take()) {
+            id = *freed;
+        } else if (unused_ < kNumbers) {
+            id = uint16_t(unused_++);
+        } else {
+            return nullptr;
+        }
+        auto* account = alloc::make<Account, alloc::Kind::padded>(id, limit.value_or(Account::kNoLimit), distributed);
+        above_[id].store(false, std::memory_order_relaxed);
+        accounts_[id].store(account, std::memory_order_release);
+        open_.push_back(account);
+        return account;
+    }
+
+    // Nothing is charged to it from now on. It stays in the table until all its frames are given back.
+    void close(Account* account) {
+        account->quota_.close();
+        {
+            std::lock_guard guard(lock_);
+            std::erase(open_, account);
+            closed_.push_back(account);
+            above_[account->id()].store(true, std::memory_order_relaxed);
+        }
+        sweep();
+    }
+
+    // The account with this number, for the request of the runtime that runs; nullptr for 0.
+    Account* find(uint16_t id) const { return accounts_[id].load(std::memory_order_acquire); }
+
+    // Gives a page's frame back, for whoever it was charged to.
+    void uncharge(uint16_t id, uint64_t frames) {
+        const runtime::Within within;
+        if (Account* account = find(id)) account->uncharge(frames);
+    }
+
+    // Whether the account had more than its share when `refresh` was last called: then its pages go first. A closed one
+    // and nobody have no share. A read of one byte.
+    bool above_share(uint16_t id) const { return above_[id].load(std::memory_order_relaxed); }
+
+    // Compares each account with its share: an equal part of the budget for each client, or its limit if that is less;
+    // and frees the numbers of those that are closed and empty. By whoever looks for pages to evict, before it does.
+    void refresh() {
+        sweep();
+        std::lock_guard guard(lock_);
+        for (const Account* account : open_) {
+            above_[account->id()].store(account->used() > share_locked(*account), std::memory_order_relaxed);
+        }
+    }
+
+    uint64_t share(const Account& account) const {
+        std::lock_guard guard(lock_);
+        return share_locked(account);
+    }
+
+    // Whether all accounts are as their limits say, and how many are open.
+    bool check() const {
+        std::lock_guard guard(lock_);
+        return std::all_of(open_.begin(), open_.end(), [](const Account* account) { return account->check(); });
+    }
+    size_t size() const {
+        std::lock_guard guard(lock_);
+        return open_.size();
+    }
+
+  private:
+    static constexpr size_t kNumbers = 65536;
+
+    // Address space for all numbers, which Linux backs where it is used: most kernels have few clients.
+    struct Free {
+        void operator()(void* memory) const { std::free(memory); }
+    };
+    template <class T>
+    using Zeroes = std::unique_ptr<T[], Free>;
+    template <class T>
+    static Zeroes<T> zeroes() {
+        void* memory = std::calloc(kNumbers, sizeof(T));
+        if (!memory) throw std::bad_alloc();
+        return Zeroes<T>(static_cast<T*>(memory));
+    }
+
+    // Outlives the table: retired accounts come back to it at any time.
+    struct Freed {
+        std::mutex lock;  // protects numbers; a leaf
+        std::vector<uint16_t> numbers;
+        std::optional<uint16_t> take() {
+            std::lock_guard guard(lock);
+            if (numbers.empty()) return std::nullopt;
+            const uint16_t number = numbers.back();
+            numbers.pop_back();
+            return number;
+        }
+    };
+    struct Retired {
+        Account* account;
+        std::shared_ptr<Freed> freed;
+    };
+
+    uint64_t share_locked(const Account& account) const {
+        return std::min<uint64_t>(account.limit(), budget_ / std::max<size_t>(open_.size(), 1));
+    }
+
+    void sweep() {
+        std::vector<Account*> empty;
+        {
+            std::lock_guard guard(lock_);
+            std::erase_if(closed_, [&](Account* account) {
+                if (account->quota_.balance().counts[0] != 0) return false;
+                empty.push_back(account);
+                return true;
+            });
+            for (Account* account : empty) accounts_[account->id()].store(nullptr, std::memory_order_release);
+        }
+        for (Account* account : empty) {
+            runtime::retire(new Retired{account, freed_}, [](void* o) {
+                const std::unique_ptr<Retired> retired(static_cast<Retired*>(o));
+                const uint16_t id = retired->account->id();
+                alloc::destroy(retired->account);
+                std::lock_guard guard(retired->freed->lock);
+                retired->freed->numbers.push_back(id);
+            });
+        }
+        if (!empty.empty()) runtime::flush();
+    }
+
+    const uint64_t budget_;
+    const Zeroes<std::atomic<bool>> above_;         // read by every look for a victim; written by `refresh`
+    const Zeroes<std::atomic<Account*>> accounts_;  // by number
+    mutable std::mutex lock_;                       // protects what follows; before the accounts' own
+    std::vector<Account*> open_, closed_;
+    size_t unused_ = 1;
+    const std::shared_ptr<Freed> freed_ = std::make_shared<Freed>();
+};
+
+}  // namespace k42::vm
