@@ -16,6 +16,7 @@ from k42.vm import protocol
 from k42.vm.errors import KernelUnavailable
 from k42.vm.protocol import Message
 
+_MOST = 12  # requests under way at once; the kernel has a limit, and the others wait here
 _IDLE = 4  # connections kept for the next request
 
 
@@ -30,6 +31,7 @@ class Channels:
 
     path: str
     greeting: Message
+    _turns: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_MOST))
     _lock: threading.Lock = field(default_factory=threading.Lock)  # protects all below; a leaf
     _idle: list[socket.socket] = field(default_factory=list)
     _busy: set[socket.socket] = field(default_factory=set)
@@ -42,6 +44,13 @@ class Channels:
             KernelUnavailable: the kernel is gone, or the client was closed meanwhile.
             StoreError, OutOfFrames, ValueError, Unsupported: what the kernel answered.
         """
+        with self._turns:
+            reply = self._exchange(message)
+        if "error" in reply:
+            raise protocol.to_error(reply)
+        return reply
+
+    def _exchange(self, message: Message) -> Message:
         while True:
             channel, used = self._take()
             try:
@@ -61,8 +70,6 @@ class Channels:
                 self._drop(channel)  # its answer, if any, is nobody's
                 raise
         self._give_back(channel)
-        if "error" in reply:
-            raise protocol.to_error(reply)
         return reply
 
     def close(self) -> None:
@@ -79,6 +86,7 @@ class Channels:
     def forget(self) -> None:
         """In a forked child: its copies of the parent's channels are of no use."""
         self._lock = threading.Lock()
+        self._turns = threading.Semaphore(_MOST)
         self._closed = True
         for channel in (*self._idle, *self._busy):
             channel.close()
