@@ -232,8 +232,8 @@ PyObject* find(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
         const size_t size = n + length - 1;
         const char* found = nullptr;
         auto part = [&] {
-            const void* at = backwards ? find_last(text, size, needle.bytes(), length)
-                                       : memmem(text, size, needle.bytes(), length);
+            const void* at =
+                backwards ? find_last(text, size, needle.bytes(), length) : memmem(text, size, needle.bytes(), length);
             found = static_cast<const char*>(at);
         };
         if (!touch(open, reinterpret_cast<uint64_t>(text), size, part)) return nullptr;
@@ -254,9 +254,8 @@ PyMethodDef functions[] = {
 }  // namespace
 
 int add_access(PyObject* module) {
-    access_failed = PyErr_NewExceptionWithDoc("k42._native.AccessFailed",
-                                              "(offset in the mapping, whether the kernel is gone, reason)", nullptr,
-                                              nullptr);
+    access_failed = PyErr_NewExceptionWithDoc(
+        "k42._native.AccessFailed", "(offset in the mapping, whether the kernel is gone, reason)", nullptr, nullptr);
     if (!access_failed || PyModule_AddObjectRef(module, "AccessFailed", access_failed) < 0) return -1;
     return PyModule_AddFunctions(module, functions);
 }

@@ -243,8 +243,8 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
-// Calls `attempt` until it returns true, as long as accesses of other threads to the window are on their way; false with
-// an exception set where Ctrl-C came first.
+// Calls `attempt` until it returns true, as long as accesses of other threads to the window are on their way; false
+// with an exception set where Ctrl-C came first.
 template <class Attempt>
 bool wait_for_accesses(Attempt attempt) {
     for (int turns = 0;; ++turns) {
@@ -326,9 +326,7 @@ int get_buffer(PyObject* self, Py_buffer* view, int flags) {
     return 0;
 }
 
-void release_buffer(PyObject* self, Py_buffer*) {
-    window_of(self).unuse(WindowValue::kExport);
-}
+void release_buffer(PyObject* self, Py_buffer*) { window_of(self).unuse(WindowValue::kExport); }
 
 Py_ssize_t length(PyObject* self) {
     const WindowValue& window = window_of(self);

@@ -36,7 +36,8 @@ near = st.one_of(
 some = st.one_of(near, st.none())
 data = st.one_of(
     st.binary(max_size=6),
-    st.sampled_from([b"a", b"ab", b"abba", b"\n", b"end", b"ba\n\n", b"", b"xyz" * 2000, bytearray(b"ab"), "ab", 97, None]),
+    st.sampled_from([bytearray(b"ab"), "ab", 97, None]),
+    st.sampled_from([b"a", b"ab", b"abba", b"\n", b"end", b"ba\n\n", b"", b"xyz" * 2000]),
 )
 slices = st.builds(slice, some, some, st.one_of(st.none(), st.integers(-7, 7), st.just(PAGE), st.just(-PAGE)))
 byte = st.one_of(st.integers(-1, 256), st.sampled_from([b"a", 1.0, None]))
@@ -233,7 +234,13 @@ def test_advice(client, folder):
     path = folder / "file"
     path.write_bytes(words(20 * PAGE))
     with client.open(path) as mapping:
-        for option in (mmap.MADV_NORMAL, mmap.MADV_RANDOM, mmap.MADV_SEQUENTIAL, mmap.MADV_WILLNEED, mmap.MADV_DONTNEED):
+        for option in (
+            mmap.MADV_NORMAL,
+            mmap.MADV_RANDOM,
+            mmap.MADV_SEQUENTIAL,
+            mmap.MADV_WILLNEED,
+            mmap.MADV_DONTNEED,
+        ):
             mapping.madvise(option)
             mapping.madvise(option, PAGE, 100 * PAGE)
             assert mapping[:] == words(20 * PAGE)

@@ -130,6 +130,7 @@ def test_many_threads_on_pages_that_fail_and_recover(client, path):
     errors: list[BaseException] = []
     ending = threading.Event()
     with client.open(path, "c") as mapping, client.open(path) as reader:
+
         def work(number: int) -> None:
             writes = 0
             try:

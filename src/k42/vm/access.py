@@ -91,7 +91,7 @@ class MemoryFile(_native.Window):
             self._put(at, bytes((byte,)))
             return
         start, stop, step = key.indices(size)
-        with bytes_like(value) as view:
+        with _bytes_like(value) as view:
             if view.nbytes != len(range(start, stop, step)):
                 raise IndexError("slice assignment to a mapping is of the wrong size")
             if view.nbytes:
@@ -130,7 +130,7 @@ class MemoryFile(_native.Window):
         size = len(self)
         if len(bounds) > 2:
             raise TypeError(f"find takes at most 3 arguments ({1 + len(bounds)} given)")
-        with bytes_like(sub) as view:
+        with _bytes_like(sub) as view:
             start, end = (*(to_word(bound) for bound in bounds), *(self._position, size)[len(bounds) :])
             start, end, _ = slice(start, end).indices(size)
             return self._find(view, start, end, backwards=backwards)
@@ -237,7 +237,7 @@ class MemoryFile(_native.Window):
             StoreError: a page could not be had; a part may have been written, and the position stays.
         """
         size = len(self)
-        with bytes_like(data) as view, self._position_lock:
+        with _bytes_like(data) as view, self._position_lock:
             self._refuse_writes()
             if view.nbytes > size - self._position:
                 raise ValueError("data out of range")
@@ -285,7 +285,7 @@ def to_word(value: SupportsIndex) -> int:
     return number
 
 
-def bytes_like(value: object) -> memoryview:
+def _bytes_like(value: object) -> memoryview:
     try:
         return memoryview(value)  # type: ignore[arg-type]
     except TypeError:

@@ -9,12 +9,12 @@ import ast
 import math
 import operator
 import os
-from collections.abc import Sequence
 from collections.abc import Mapping as Mapping_
+from collections.abc import Sequence
 from typing import Any, Literal, SupportsIndex, cast
 
 from k42.vm import client as client_module
-from k42.vm.client import Client
+from k42.vm.client import Client, OpenMode
 from k42.vm.errors import Unsupported
 from k42.vm.mapping import Mapping
 
@@ -56,8 +56,6 @@ class memmap(numpy.memmap[Any, Any]):
 
     _mmap: Mapping | None
     filename: Any
-    offset: int | None
-    mode: str | None
 
     def __new__(
         cls,
@@ -80,13 +78,10 @@ class memmap(numpy.memmap[Any, Any]):
             raise ValueError("shape must be given if mode == 'w+'")
         opener = client_module.open if client is None else client.open
         store, name = _store_and_name(filename)
-        if hasattr(filename, "read"):
-            if hasattr(filename, "flush"):
-                filename.flush()  # what its owner has written
-            opened = "r+" if mode == "w+" else mode  # it is made already
-        else:
-            opened = mode
-        options = {"page_size": page_size, "storage_options": storage_options}
+        if hasattr(filename, "read") and hasattr(filename, "flush"):
+            filename.flush()  # what its owner has written
+        opened = cast("OpenMode", "r+" if mode == "w+" and hasattr(filename, "read") else mode)
+        options: dict[str, Any] = {"page_size": page_size, "storage_options": storage_options}
         element = numpy.dtype(dtype)
         if shape is None:
             mapping = opener(store, opened, offset, None, **options)
@@ -117,8 +112,8 @@ class memmap(numpy.memmap[Any, Any]):
         """The array in a mapping, from its byte `skip` on."""
         # By way of a plain array, whose buffer keeps the mapping from being closed; an array made on the mapping itself
         # would not.
-        memory = numpy.frombuffer(mapping, numpy.uint8)
-        self = cast("memmap", numpy.ndarray.__new__(cls, shape, dtype, memory, skip, None, order))
+        memory = numpy.frombuffer(memoryview(mapping), numpy.uint8)
+        self = numpy.ndarray.__new__(cls, shape, dtype, memory, skip, None, order)
         self._mmap, self.filename, self.offset, self.mode = mapping, name, offset, mode
         return self
 
@@ -193,7 +188,7 @@ def load(
     """
     if mmap_mode not in ("r", "r+", "c", None):
         raise ValueError(f"mmap_mode must be 'r', 'r+', 'c' or None, not {mmap_mode!r}")
-    mode = mmap_mode or "r"
+    mode: Literal["r", "r+", "c"] = mmap_mode or "r"
     opener = client_module.open if client is None else client.open
     mapping = opener(filename, mode, page_size=page_size, storage_options=storage_options)
     try:

@@ -366,7 +366,7 @@ class Client:
             how,
             shown.delta,
             shown.length,
-            self._uffds[shown.index],
+            self._uffds[shown.cpu],
             self._guard,
             name,
             self._status,

@@ -217,9 +217,7 @@ class SharedFCM(FileCacheManager):
                 if backing is Backing.FILE:
                     os.fchmod(frames, 0o400)  # a reader cannot get a writable descriptor by way of /proc
                 fill = 0 if isinstance(k42.local(fr), ZeroFR) else 1
-                self.cache = _native.FileCache(
-                    global_pm.native(), frames, journal, pages, fill, backing, policy, cpus
-                )
+                self.cache = _native.FileCache(global_pm.native(), frames, journal, pages, fill, backing, policy, cpus)
             except BaseException:
                 for descriptor in (frames, journal):
                     if descriptor >= 0:
@@ -319,7 +317,11 @@ class SharedFCM(FileCacheManager):
                     got = 1  # somebody else brings it in, or has
                 else:
                     self._fill(
-                        begun, got, pm, lambda b=begun, g=got: cache.complete_prefetch(b, g), failures.append  # type: ignore[misc]
+                        begun,
+                        got,
+                        pm,
+                        lambda b=begun, g=got: cache.complete_prefetch(b, g),
+                        failures.append,  # type: ignore[misc]
                     )
                     if failures:
                         raise failures[0]

@@ -45,7 +45,7 @@ class Shown(NamedTuple):
 
     region: int  # how the kernel calls it: its first address
     memfd: int  # of the frames; a descriptor of the mapping's own
-    index: int  # of the CPU that serves the mapping's own window
+    cpu: int  # index of the CPU that serves the mapping's own window
     offset: int  # of the window's first byte in the file; a page's
     delta: int  # of the mapping's first byte, from there
     length: int  # of the mapping, in bytes
@@ -87,7 +87,7 @@ class Mapping(MemoryFile):
 
     def _attach(self, client: Client, region: int, memfd: int, index: int, page_size: int) -> None:
         """What the kernel answered; from here on closing tells it."""
-        self._shown = self._shown._replace(region=region, memfd=memfd, index=index)
+        self._shown = self._shown._replace(region=region, memfd=memfd, cpu=index)
         self.page_size = page_size
         self._client = client
 
@@ -117,14 +117,14 @@ class Mapping(MemoryFile):
         if self.mode == "c":
             raise Unsupported("a mapping of mode 'c' has one window, since each would have private copies of its own")
         index = self._client._cpu_index()
-        if index == self._shown.index:
+        if index == self._shown.cpu:
             return self
         with self._lock:
             if self._client is None:
                 raise ValueError("mapping closed")
             if index in self._locals:
                 return self._locals[index]
-            shown = self._shown._replace(index=index)
+            shown = self._shown._replace(cpu=index)
             window = Mapping(pages_of(shown.delta + shown.length) * PAGE)
             self._client._add_window(shown.region, window.base, index)
             window._parent = self
@@ -504,7 +504,7 @@ class Mapping(MemoryFile):
         """The bytes for ``from_dlpack`` of numpy, torch and others; by way of numpy."""
         import numpy
 
-        return numpy.frombuffer(self, numpy.uint8).__dlpack__(**options)
+        return numpy.frombuffer(memoryview(self), numpy.uint8).__dlpack__(**options)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """The CPU."""
