@@ -8,6 +8,7 @@
 #include "vm/engine.hpp"
 #include "vm/file_cache.hpp"
 #include "vm/frame_pool.hpp"
+#include "vm/guard.hpp"
 #include "vm/hat.hpp"
 #include "vm/region.hpp"
 
@@ -87,5 +88,25 @@ int add_hat(PyObject* module);
 int add_region(PyObject* module);
 int add_engine(PyObject* module);
 int add_window(PyObject* module);
+int add_access(PyObject* module);
+
+// An access of our own to a shown Window: hiding it waits for the end of this scope.
+class WindowAccess {
+  public:
+    WindowAccess() = default;
+    ~WindowAccess();
+    WindowAccess(const WindowAccess&) = delete;
+    WindowAccess& operator=(const WindowAccess&) = delete;
+
+    // False with an exception set unless the window is shown, and writable if need be.
+    bool begin(PyObject* window, bool write);
+
+    uint64_t start = 0;  // address of the first byte shown to Python
+    uint64_t size = 0;   // bytes shown to Python
+    const vm::WindowRecord* record = nullptr;
+
+  private:
+    Ref window_;
+};
 
 }  // namespace k42::edge

@@ -184,7 +184,7 @@ int add_region(PyObject* module) {
 }
 
 int add_vm(PyObject* module) {
-    for (auto add : {add_frame_pool, add_file_cache, add_region, add_hat, add_engine, add_window}) {
+    for (auto add : {add_frame_pool, add_file_cache, add_region, add_hat, add_engine, add_window, add_access}) {
         if (add(module) < 0) return -1;
     }
     return 0;

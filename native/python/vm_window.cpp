@@ -21,6 +21,7 @@ struct GuardValue {
 };
 using SelfGuard = Holder<GuardValue>;
 PyTypeObject* guard_type;
+PyTypeObject* window_type;
 
 PyObject* make_guard(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     int socket, grace_ms;
@@ -73,31 +74,76 @@ PyObject* guard_stop(PyObject* self, PyObject*) {
 struct WindowValue {
     WindowValue(uint64_t base_, uint64_t size_) : base(base_), size(size_), pid(getpid()) {}
     ~WindowValue() {
-        try_hide();
+        hide_unused();
         free();
     }
 
     static constexpr uint64_t kShown = 1;
-    static constexpr uint64_t kExport = 2;
+    static constexpr uint64_t kBusy = 2;  // for the few instructions of an exchange
+    static constexpr uint64_t kAccess = 4;
+    static constexpr uint64_t kExport = uint64_t{1} << 32;
 
-    bool shown() const { return use.load(std::memory_order_acquire) & kShown; }
+    bool shown() const { return settled() & kShown; }
     uint64_t exports() const { return use.load(std::memory_order_relaxed) / kExport; }
-    bool try_export() {
-        uint64_t seen = use.load(std::memory_order_relaxed);
-        do {
-            if (!(seen & kShown)) return false;
-        } while (!use.compare_exchange_weak(seen, seen + kExport, std::memory_order_acquire));
-        return true;
+    bool accessed() const { return use.load(std::memory_order_acquire) % kExport >= kAccess; }
+    uint64_t settled() const {
+        for (;;) {
+            const uint64_t seen = use.load(std::memory_order_acquire);
+            if (!(seen & kBusy)) return seen;
+            sched_yield();
+        }
     }
+    // `what`: kAccess or kExport. False when it is not shown.
+    bool try_use(uint64_t what) {
+        for (;;) {
+            uint64_t seen = settled();
+            if (!(seen & kShown)) return false;
+            if (use.compare_exchange_weak(seen, seen + what, std::memory_order_acquire)) return true;
+        }
+    }
+    void unuse(uint64_t what) { use.fetch_sub(what, std::memory_order_release); }
 
-    // The addresses lead nowhere, but stay this object's. False, and nothing changed, while buffers are exported.
-    bool try_hide() {
-        uint64_t seen = kShown;
-        if (!use.compare_exchange_strong(seen, 0, std::memory_order_acq_rel)) return (seen & kShown) == 0;
-        if (pid != getpid()) return true;  // a forked child never had the range
+    // Hiding in two steps, between which accesses end that were on their way. The first: from now on there is no new
+    // one. False, and nothing changed, while buffers are exported. Nothing is left to do where `hiding` stays false.
+    bool begin_hide(bool& hiding) {
+        for (;;) {
+            uint64_t seen = settled();
+            if (!(seen & kShown)) return true;
+            if (seen >= kExport) return false;
+            hiding = use.compare_exchange_weak(seen, seen & ~kShown, std::memory_order_acq_rel);
+            if (hiding) return true;
+        }
+    }
+    void undo_hide() { use.fetch_or(kShown, std::memory_order_release); }
+    void end_hide() {
+        if (pid != getpid()) return;  // a forked child never had the range
         vm::unlist_window(record);
         SelfGuard::of(guard.get()).guard.remove_range(base);
         lead_nowhere();
+    }
+    void hide_unused() {
+        bool hiding = false;
+        begin_hide(hiding);
+        if (hiding) end_hide();
+    }
+    // False, and nothing changed, while buffers of either are exported, or accesses on their way.
+    bool try_exchange(WindowValue& other) {
+        uint64_t seen = kShown;
+        if (!use.compare_exchange_strong(seen, kBusy, std::memory_order_acq_rel)) return false;
+        seen = kShown;
+        if (!other.use.compare_exchange_strong(seen, kBusy, std::memory_order_acq_rel)) {
+            use.store(kShown, std::memory_order_release);
+            return false;
+        }
+        other.base = base.exchange(other.base);
+        std::swap(size, other.size);
+        std::swap(writable, other.writable);
+        std::swap(delta, other.delta);
+        std::swap(length, other.length);
+        std::swap(guard, other.guard);
+        std::swap(record, other.record);
+        other.use.store(kShown, std::memory_order_release);
+        use.store(kShown, std::memory_order_release);
         return true;
     }
     void lead_nowhere() {
@@ -110,12 +156,12 @@ struct WindowValue {
     }
 
     std::atomic<uint64_t> base;  // 0 once freed
-    const uint64_t size;
+    uint64_t size;
     const pid_t pid;
-    // Whether it is shown, and kExport for each exported buffer, in one word: of a thread that hides the window and
-    // one that exports a buffer of it, exactly one succeeds.
+    // Whether it is shown, kAccess for each access of our own that is on its way, and kExport for each exported buffer,
+    // in one word: of a thread that hides the window and one that begins to use it, exactly one succeeds.
     std::atomic<uint64_t> use{0};
-    // Written by show() alone, before kShown is set.
+    // Written before kShown is set, by show() and by an exchange.
     bool writable = false;
     uint64_t delta = 0;   // of the first byte shown to Python, from base
     uint64_t length = 0;  // bytes shown to Python
@@ -141,10 +187,11 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
 void dealloc(PyObject* self) {
     {
         Detached detached;  // hiding can wait for the kernel
-        window_of(self).try_hide();
+        window_of(self).hide_unused();
     }
     Self::dealloc(self);
 }
+
 constexpr uint32_t kRead = 0, kShared = 1, kPrivate = 2;  // what show() makes of a window, as Windows::Kind
 
 PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
@@ -196,14 +243,54 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
+// Calls `attempt` until it returns true, as long as accesses of other threads to the window are on their way; false
+// with an exception set where Ctrl-C came first.
+template <class Attempt>
+bool wait_for_accesses(Attempt attempt) {
+    for (int turns = 0;; ++turns) {
+        if (attempt()) return true;
+        {
+            Detached detached;
+            turns < 100 ? void(sched_yield()) : void(usleep(1000));
+        }
+        if (PyErr_CheckSignals() < 0) return false;
+    }
+}
+
 PyObject* hide(PyObject* self, PyObject*) {
-    bool hidden;
+    WindowValue& window = window_of(self);
+    bool hiding = false;
+    if (!window.begin_hide(hiding)) {
+        PyErr_SetString(PyExc_BufferError, "cannot close: an array or memoryview uses the memory of the mapping");
+        return nullptr;
+    }
+    if (!hiding) Py_RETURN_NONE;
+    if (!wait_for_accesses([&] { return !window.accessed(); })) {
+        window.undo_hide();
+        return nullptr;
+    }
     {
         Detached detached;
-        hidden = window_of(self).try_hide();
+        window.end_hide();
     }
-    if (!hidden) {
-        PyErr_SetString(PyExc_BufferError, "cannot close: an array or memoryview uses the memory of the mapping");
+    Py_RETURN_NONE;
+}
+
+// Two shown windows change places, at once for whoever takes a buffer: for resizing.
+PyObject* exchange(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    PyObject* with = nullptr;
+    if (!unpack("exchange", args, nargs, with)) return nullptr;
+    WindowValue* other = checked<WindowValue>(with, window_type);
+    if (!other) return nullptr;
+    WindowValue& window = window_of(self);
+    bool exchanged = false;
+    const bool tried = wait_for_accesses([&] {
+        exchanged = window.try_exchange(*other);
+        return exchanged || window.exports() || other->exports() || !window.shown() || !other->shown();
+    });
+    if (!tried) return nullptr;
+    if (!exchanged) {
+        PyErr_SetString(PyExc_BufferError, "cannot resize: an array or memoryview uses the memory of the mapping");
         return nullptr;
     }
     Py_RETURN_NONE;
@@ -218,28 +305,28 @@ PyObject* free_window(PyObject* self, PyObject*) {
     Py_RETURN_NONE;
 }
 
+bool is_ours(const WindowValue& window) {
+    if (window.pid == getpid()) return true;
+    PyErr_SetString(PyExc_BufferError, "this mapping belongs to the parent process: open it again in the forked child");
+    return false;
+}
+
 int get_buffer(PyObject* self, Py_buffer* view, int flags) {
     WindowValue& window = window_of(self);
-    if (window.pid != getpid()) {
-        PyErr_SetString(PyExc_BufferError,
-                        "this mapping belongs to the parent process: open it again in the forked child");
-        return -1;
-    }
-    if (!window.try_export()) {
+    if (!is_ours(window)) return -1;
+    if (!window.try_use(WindowValue::kExport)) {
         PyErr_SetString(PyExc_ValueError, "mapping closed");
         return -1;
     }
     auto* start = reinterpret_cast<void*>(window.base.load() + window.delta);
     if (PyBuffer_FillInfo(view, self, start, Py_ssize_t(window.length), !window.writable, flags) < 0) {
-        window.use.fetch_sub(WindowValue::kExport, std::memory_order_release);
+        window.unuse(WindowValue::kExport);
         return -1;
     }
     return 0;
 }
 
-void release_buffer(PyObject* self, Py_buffer*) {
-    window_of(self).use.fetch_sub(WindowValue::kExport, std::memory_order_release);
-}
+void release_buffer(PyObject* self, Py_buffer*) { window_of(self).unuse(WindowValue::kExport); }
 
 Py_ssize_t length(PyObject* self) {
     const WindowValue& window = window_of(self);
@@ -284,6 +371,8 @@ PyMethodDef methods[] = {
     {"show", fast(show), METH_FASTCALL,
      "show(memfd, offset, mode, delta, length, uffd, guard, name, status): map the file cache here."},
     {"hide", hide, METH_NOARGS, "Unmap; the addresses stay reserved. BufferError while buffers are exported."},
+    {"exchange", fast(exchange), METH_FASTCALL,
+     "exchange(window): change places with it. BufferError while buffers of either are exported."},
     {"free", free_window, METH_NOARGS, "Give the addresses back."},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -327,8 +416,29 @@ PyType_Spec spec = {"k42._native.Window", sizeof(Self), 0,
 
 int add_window(PyObject* module) {
     guard_type = add_type(module, &guard_spec);
-    if (!guard_type || !add_type(module, &spec)) return -1;
+    window_type = add_type(module, &spec);
+    if (!guard_type || !window_type) return -1;
     return PyModule_AddFunctions(module, functions);
+}
+
+bool WindowAccess::begin(PyObject* window, bool write) {
+    WindowValue* value = checked<WindowValue>(window, window_type);
+    if (!value || !is_ours(*value)) return false;
+    if (!value->try_use(WindowValue::kAccess)) {
+        PyErr_SetString(PyExc_ValueError, "mapping closed");
+        return false;
+    }
+    window_ = Ref::borrow(window);
+    start = value->base.load() + value->delta;
+    size = value->length;
+    record = value->record;
+    if (!write || value->writable) return true;
+    PyErr_SetString(PyExc_TypeError, "can't modify a read-only mapping");
+    return false;
+}
+
+WindowAccess::~WindowAccess() {
+    if (window_) window_of(window_.get()).unuse(WindowValue::kAccess);
 }
 
 }  // namespace k42::edge

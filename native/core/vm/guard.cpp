@@ -10,6 +10,7 @@
 
 #include <cstring>
 
+#include "vm/access.hpp"
 #include "vm/status_page.hpp"
 #include "vm/uffd.hpp"
 
@@ -19,8 +20,11 @@ namespace {
 
 std::atomic<WindowRecord*> windows{nullptr};
 std::mutex windows_lock;  // protects the list against writers; readers (the handler) take nothing
-struct sigaction previous_bus;
-struct sigaction previous_segv;
+// Whom our handlers found there. Never freed, only replaced: a handler may be reading.
+std::atomic<const struct sigaction*> previous_bus{nullptr};
+std::atomic<const struct sigaction*> previous_segv{nullptr};
+// Whether this thread is in a handler that ours has called. Initial-exec: read in a handler.
+constinit thread_local bool handed_on __attribute__((tls_model("initial-exec"))) = false;
 
 // snprintf is not async-signal-safe; this is.
 class Line {
@@ -76,23 +80,39 @@ void explain(int number, uint64_t address) {
 
 void on_fault(int number, siginfo_t* info, void* context) {
     const int error = errno;
+    if (number == SIGBUS) leave_guarded_touch(reinterpret_cast<uint64_t>(info->si_addr));
     explain(number, reinterpret_cast<uint64_t>(info->si_addr));
     errno = error;
-    const struct sigaction& previous = number == SIGBUS ? previous_bus : previous_segv;
+    const struct sigaction& previous = *(number == SIGBUS ? previous_bus : previous_segv).load();
+    const bool none = previous.sa_handler == SIG_DFL || previous.sa_handler == SIG_IGN;
+    if (none || handed_on) {
+        // On return the access happens again, and ends the process. (A handler that ours has called, and that calls
+        // whom it found there, may have found ours.)
+        signal(number, SIG_DFL);
+        return;
+    }
+    handed_on = true;
     if (previous.sa_flags & SA_SIGINFO) {
         previous.sa_sigaction(number, info, context);
-    } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
-        previous.sa_handler(number);
     } else {
-        signal(number, SIG_DFL);  // on return the access happens again, and ends the process
+        previous.sa_handler(number);
     }
+    handed_on = false;
 }
 
-void install(int number, struct sigaction* previous) {
+bool is_ours(const struct sigaction& action) {
+    return (action.sa_flags & SA_SIGINFO) && action.sa_sigaction == on_fault;
+}
+
+void install(int number, std::atomic<const struct sigaction*>& previous) {
+    struct sigaction there{};
+    sigaction(number, nullptr, &there);
+    if (is_ours(there)) return;
+    previous.store(new struct sigaction(there));
     struct sigaction action{};
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    sigaction(number, &action, previous);
+    sigaction(number, &action, nullptr);
 }
 
 // A forked child has no windows, but may have inherited pointers to them: nothing else may come to their addresses.
@@ -106,23 +126,24 @@ void reserve_in_child() {
         some = true;
     }
     static bool installed = false;  // a child may fork again
-    if (some && !installed) install(SIGSEGV, &previous_segv);
+    if (some && !installed) install(SIGSEGV, previous_segv);
     installed = installed || some;
-}
-
-void prepare_process() {
-    static std::once_flag once;
-    std::call_once(once, [] {
-        install(SIGBUS, &previous_bus);
-        pthread_atfork(nullptr, nullptr, reserve_in_child);
-    });
 }
 
 }  // namespace
 
+void lead_bus_handlers() {
+    struct sigaction there{};
+    if (sigaction(SIGBUS, nullptr, &there) == 0 && is_ours(there)) return;
+    std::lock_guard guard(windows_lock);
+    install(SIGBUS, previous_bus);
+}
+
 WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, const std::string& name, const void* status,
                           const std::atomic<bool>* abandoned) {
-    prepare_process();
+    static std::once_flag once;
+    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, reserve_in_child); });
+    lead_bus_handlers();
     std::lock_guard guard(windows_lock);
     WindowRecord* record = windows.load(std::memory_order_relaxed);
     while (record && record->base.load(std::memory_order_relaxed) != 0) record = record->next;

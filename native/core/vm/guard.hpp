@@ -29,7 +29,10 @@ struct WindowRecord {
     WindowRecord* next = nullptr;
 };
 
-// Lists a window for the SIGBUS handler, which the first call installs before the one that was there.
+// Puts our SIGBUS handler before the one that is there, if another has come since. Cheap: one system call.
+void lead_bus_handlers();
+
+// Lists a window for the SIGBUS handler, which is put before the one that was there.
 WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, const std::string& name, const void* status,
                           const std::atomic<bool>* abandoned);
 void unlist_window(WindowRecord* record);

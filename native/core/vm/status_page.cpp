@@ -67,4 +67,25 @@ const FailureRecord* StatusPage::find(const void* page, uint64_t address) {
     return newest;
 }
 
+uint64_t StatusPage::newest(const void* page) {
+    const auto* records = static_cast<const FailureRecord*>(page);
+    uint64_t newest = 0;
+    for (size_t i = 0; i < kRecords; ++i) newest = std::max(newest, records[i].sequence.load(std::memory_order_acquire));
+    return newest;
+}
+
+uint64_t StatusPage::copy_reason(const void* page, uint64_t address, char (&reason)[sizeof(FailureRecord::reason)]) {
+    for (;;) {
+        reason[0] = '\0';
+        const FailureRecord* record = find(page, address);
+        if (!record) return 0;
+        const uint64_t sequence = record->sequence.load(std::memory_order_acquire);
+        std::memcpy(reason, record->reason, sizeof reason);
+        reason[sizeof reason - 1] = '\0';
+        std::atomic_thread_fence(std::memory_order_acquire);
+        // Else the kernel has written another over it: look again.
+        if (!(sequence & 1) && record->sequence.load(std::memory_order_relaxed) == sequence) return sequence;
+    }
+}
+
 }  // namespace k42::vm

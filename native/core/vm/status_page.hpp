@@ -40,6 +40,10 @@ class StatusPage {
 
     // The client's side: the newest record over `address` in the mapped page; safe in a signal handler.
     static const FailureRecord* find(const void* page, uint64_t address);
+    // The sequence of the newest record; 0 when there is none.
+    static uint64_t newest(const void* page);
+    // Copies the reason of the newest record over `address`, and returns its sequence; 0 when there is none.
+    static uint64_t copy_reason(const void* page, uint64_t address, char (&reason)[sizeof(FailureRecord::reason)]);
 
   private:
     StatusPage(int fd, FailureRecord* records) : fd_(fd), records_(records) {}

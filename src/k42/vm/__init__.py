@@ -7,6 +7,7 @@ faults are served by the kernel's objects: Process, Region, FCM, PM, Global PM, 
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, Any
 
 from k42.vm.errors import (
     KernelUnavailable,
@@ -24,6 +25,9 @@ from k42.vm.client import Client, anonymous, connect, open
 from k42.vm.launch import KernelProcess, launch
 from k42.vm.mapping import Mapping
 
+if TYPE_CHECKING:
+    from k42.vm.arrays import load, memmap
+
 __all__ = [
     "Client",
     "KernelProcess",
@@ -37,5 +41,15 @@ __all__ = [
     "anonymous",
     "connect",
     "launch",
+    "load",
+    "memmap",
     "open",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load", "memmap"):  # not before somebody asks: they need numpy, which is optional
+        from k42.vm import arrays
+
+        return getattr(arrays, name)
+    raise AttributeError(f"module 'k42.vm' has no attribute {name!r}")

@@ -7,27 +7,33 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import socket
 import stat as stat_module
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from collections.abc import Mapping as Mapping_
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import k42
 from k42 import _native
 from k42.vm import protocol
+from k42.vm.channel import Channels
 from k42.vm.errors import KernelUnavailable, ProtocolError, Unsupported, UserModeOnlyWarning
 from k42.vm.launch import launch
-from k42.vm.mapping import Mapping
+from k42.vm.mapping import Mapping, Mode, Shown
 from k42.vm.protocol import MAX_GROUP, PAGE, Message, pages_of
 
 _LINGER = 3.0  # seconds that an embedded kernel waits for another client
 _MAX_HOMES = 64  # CPUs that get a userfaultfd, two descriptors, before a thread of theirs maps anything
 _TRIES = 3  # a kernel found may be about to end
+
+OpenMode = Literal["r", "r+", "w+", "c"]
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
 
 _CURES = """any one of these gives it:
   - run as root, or with the capability CAP_SYS_PTRACE
@@ -100,6 +106,8 @@ class Client:
         self.budget: int = reply["budget"]
         """The kernel's budget in bytes."""
         self._cpus: list[int] = reply["cpus"]
+        greeting = {"op": "channel", "client": reply.get("client"), "token": reply.get("token")}
+        self._channels = Channels(os.path.abspath(connection.getpeername()), greeting)
         status, commands = descriptors
         try:
             self._status = _native.map_status(status)
@@ -201,59 +209,97 @@ class Client:
     def open(
         self,
         path: str | os.PathLike[str],
-        mode: str = "r",
+        mode: OpenMode = "r",
         offset: int = 0,
         length: int | None = None,
         page_size: int | None = None,
+        storage_options: Mapping_[str, Any] | None = None,
     ) -> Mapping:
-        """Maps a file: real memory, whose page faults the kernel serves from its one page cache.
+        """Maps a file or a URL: real memory, whose page faults the kernel serves from its one page cache.
 
         Args:
-            path: a regular file.
-            mode: ``"r"``. Writable modes come with write-back.
+            path: a regular file; or a URL (``scheme://…``), which the kernel reads through fsspec.
+            mode: ``"r"``: for reading. ``"r+"``: for reading and writing what is there; where offset and length go past
+                its end the file grows. ``"w+"``: the same on a new file of `offset` + `length` zeros, which takes the
+                place of what the file had. ``"c"``: writable, but what is written stays private to the mapping, in
+                memory of this process that the kernel's budget does not count.
             offset: bytes; need not be a multiple of the page size.
-            length: bytes; None: to the end of the file.
+            length: bytes; None or 0: to the end of the file.
             page_size: bytes that one fault brings in, a power of two from 4096 to 2 MiB; None: 4096.
+            storage_options: for a URL, what fsspec's file system is made with (credentials, endpoints …).
 
         Returns:
-            A read-only mapping of exactly these bytes.
+            A mapping of exactly these bytes.
 
         Raises:
             FileNotFoundError, IsADirectoryError, PermissionError: as ``open`` raises them.
-            ValueError: not a regular file, an empty file, an offset or length outside it, a bad page size.
-            Unsupported: a writable mode.
+            ValueError: not a regular file, an empty file, an offset or length outside it, a bad mode or page size;
+                mode ``"w+"`` without a length; storage_options without a URL.
+            StoreError: the URL cannot be read; or a store that does not grow.
+            Unsupported: a store that cannot be written to, in mode ``"r+"``; a URL in mode ``"w+"``.
             OutOfFrames: a page of this size does not fit the kernel's budget.
             KernelUnavailable: the kernel is gone.
         """
-        if mode != "r":
-            if mode in ("r+", "w+", "c"):
-                raise Unsupported(f"mode {mode!r}: files can only be mapped for reading (mode 'r') in this version")
-            raise ValueError(f"mode must be 'r', not {mode!r}")
+        if mode not in get_args(OpenMode):
+            raise ValueError(f"mode must be 'r', 'r+', 'w+' or 'c', not {mode!r}")
         group = _group(page_size)
+        if offset < 0 or (length is not None and length < 0):
+            raise ValueError("offset and length must not be negative")
+        if mode == "w+" and not length:
+            raise ValueError("mode 'w+' needs a length: it makes a file of offset + length bytes")
+        if is_url(path):
+            return self._open_url(os.fspath(path), mode, offset, length, group, dict(storage_options or {}))
+        if storage_options:
+            raise ValueError(f"storage_options are for URLs, and {os.fspath(path)!r} is a path")
+        return self._open_file(path, mode, offset, length, group)
+
+    def _open_file(
+        self, path: str | os.PathLike[str], mode: OpenMode, offset: int, length: int | None, group: int
+    ) -> Mapping:
+        flags = {"r": os.O_RDONLY, "c": os.O_RDONLY, "r+": os.O_RDWR, "w+": os.O_RDWR | os.O_CREAT}[mode]
         # Non-blocking, lest a FIFO hold us until somebody writes.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
         try:
             status = os.fstat(descriptor)
             if stat_module.S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
             if not stat_module.S_ISREG(status.st_mode):
                 raise ValueError(f"only regular files can be mapped, and {os.fspath(path)!r} is none")
-            if status.st_size == 0:
-                raise ValueError("cannot map an empty file")
-            if offset < 0 or (length is not None and length < 0):
-                raise ValueError("offset and length must not be negative")
-            if offset >= status.st_size:
-                raise ValueError(f"offset {offset} is not before the end of the file ({status.st_size} bytes)")
-            if length is None or length == 0:
-                length = status.st_size - offset
-            if offset + length > status.st_size:
-                raise ValueError(f"offset {offset} and length {length} go past the end of the file ({status.st_size})")
-            # Without the flag from here on: it belongs to the open file, which the kernel will read.
+            size = status.st_size
+            if mode == "w+":
+                assert length is not None
+                os.ftruncate(descriptor, 0)
+                os.ftruncate(descriptor, size := offset + length)
+            # Without the flag from here on: it belongs to the open file, which the kernel will use.
             fcntl.fcntl(descriptor, fcntl.F_SETFL, 0)
             request = {"kind": "file", "name": os.path.abspath(path)}
-            return self._map(request, (descriptor,), offset, length, group, writable=False)
+            shown: Mode = "r+" if mode == "w+" else mode
+            if shown == "r+" and length and offset + length > size:
+                self._grow(request, descriptor, size, offset + length)
+                size = offset + length
+            length = _length(offset, length, size)
+            given, descriptor = descriptor, -1  # the mapping's now
+            return self._map(request, given, offset, length, group, shown)
         finally:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def _grow(self, request: Message, descriptor: int, size: int, wanted: int) -> None:
+        """Makes a file larger: by way of the kernel, which has its pages and would think it changed by others."""
+        if size == 0:
+            os.ftruncate(descriptor, wanted)  # nobody maps an empty file
+            return
+        with self._map(dict(request), os.dup(descriptor), 0, 1, 1, "r+") as mapping:
+            mapping.resize(wanted)
+
+    def _open_url(
+        self, url: str, mode: OpenMode, offset: int, length: int | None, group: int, options: dict[str, Any]
+    ) -> Mapping:
+        if mode == "w+":
+            raise Unsupported(f"mode 'w+' makes files, not URLs: write {url} first, then open it")
+        request = {"kind": "url", "url": url, "options": options}
+        size = int(self._long_request({"op": "url_size", "url": url, "mode": mode, "options": options})["size"])
+        return self._map(request | {"name": url}, -1, offset, _length(offset, length, size), group, mode)
 
     def anonymous(self, nbytes: int, page_size: int | None = None, overcommit: bool = False) -> Mapping:
         """Maps anonymous memory: zeros until written.
@@ -275,33 +321,60 @@ class Client:
         if nbytes < 1:
             raise ValueError(f"anonymous memory has at least one byte, not {nbytes}")
         request = {"kind": "anonymous", "overcommit": bool(overcommit)}
-        return self._map(request, (), 0, nbytes, _group(page_size), writable=True)
+        return self._map(request, -1, 0, nbytes, _group(page_size), "anonymous")
 
-    def _map(
-        self, request: Message, descriptors: tuple[int, ...], offset: int, length: int, group: int, *, writable: bool
-    ) -> Mapping:
+    def _map(self, request: Message, file: int, offset: int, length: int, group: int, mode: Mode) -> Mapping:
+        """Maps what the request says.
+
+        Args:
+            request: kind, name and what belongs to the kind.
+            file: the file's descriptor, which the mapping takes over, whatever happens; -1: none.
+            offset, length: of the mapping in the store, in bytes.
+            group: pages of 4 KiB in a page of the region.
+            mode: how it is shown.
+        """
         first = offset // PAGE
         delta = offset - first * PAGE
-        size = pages_of(delta + length) * PAGE
-        index = self._cpu_index()
-        mapping = Mapping(size)
-        request |= {"op": "map", "cpu": index, "base": mapping.base, "size": size, "first": first, "group": group}
-        with self._taken_back(mapping.base, mapping.base):
-            reply, [memfd] = self._request(request, descriptors)
-            mapping._attach(self, reply["region"], memfd, index, group * PAGE)
+        try:
+            size = pages_of(delta + length) * PAGE
+            index = self._cpu_index()
+            mapping = Mapping(size)
+            mapping._request = dict(request)
+            if mode != "anonymous":
+                request["mode"] = mode
+            request |= {"op": "map", "cpu": index, "base": mapping.base, "size": size, "first": first, "group": group}
+            with self._taken_back(mapping.base, mapping.base):
+                reply, [memfd] = self._request(request, () if file < 0 else (file,))
+                mapping._attach(self, reply["region"], memfd, index, group * PAGE)
+            mapping._file, file = file, -1
+        finally:
+            if file >= 0:
+                os.close(file)
         name = os.fsencode(request.get("name", "anonymous memory")).decode(errors="replace")
         with self._lock:
             if not self._closing:
                 self._mappings.add(mapping)
-                mapping._show(first * PAGE, delta, length, writable, name)
+                mapping._show(first * PAGE, delta, length, mode, name)
                 return mapping
         mapping.close()
         raise KernelUnavailable("this client is closed")
 
-    def _show(
-        self, mapping: Mapping, memfd: int, index: int, offset: int, delta: int, length: int, writable: bool, name: str
-    ) -> None:
-        mapping.show(memfd, offset, int(writable), delta, length, self._uffds[index], self._guard, name, self._status)
+    def _show(self, mapping: Mapping, shown: Shown, how: int, name: str) -> None:
+        mapping.show(
+            shown.memfd,
+            shown.offset,
+            how,
+            shown.delta,
+            shown.length,
+            self._uffds[shown.cpu],
+            self._guard,
+            name,
+            self._status,
+        )
+
+    def _long_request(self, message: Message) -> Message:
+        """A request that may take long, over a connection of its own; see `k42.vm.channel`."""
+        return self._channels.request(message)
 
     def _add_window(self, region: int, base: int, index: int) -> None:
         """Lists another window of a region, on the CPU with this index."""
@@ -347,6 +420,7 @@ class Client:
         """Ends the connection. The userfaultfds are the guard's, which lives as long as any window is shown."""
         if not self._closed:
             self._closed = True
+            self._channels.close()
             self._guard.stop()
             self._connection.close()
 
@@ -360,6 +434,7 @@ class Client:
         self._closing = self._closed = True
         self._mappings = weakref.WeakSet()
         self._connection.close()
+        self._channels.forget()
         self._guard.forget()
 
     def __enter__(self) -> Client:
@@ -369,6 +444,24 @@ class Client:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def is_url(path: object) -> bool:
+    """Whether it is a URL, as fsspec understands them (``scheme://…``, also chained: ``zip://…::https://…``)."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
+def _length(offset: int, length: int | None, size: int) -> int:
+    """How many bytes to map of a store of so many."""
+    if size == 0:
+        raise ValueError("cannot map an empty file")
+    if offset >= size:
+        raise ValueError(f"offset {offset} is not before the end of the file ({size} bytes)")
+    if not length:
+        return size - offset
+    if offset + length > size:
+        raise ValueError(f"offset {offset} and length {length} go past the end of the file ({size})")
+    return length
 
 
 def _group(page_size: int | None) -> int:
@@ -475,13 +568,14 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 def open(
     path: str | os.PathLike[str],
-    mode: str = "r",
+    mode: OpenMode = "r",
     offset: int = 0,
     length: int | None = None,
     page_size: int | None = None,
+    storage_options: Mapping_[str, Any] | None = None,
 ) -> Mapping:
-    """Maps a file through the user's own kernel; see `Client.open`."""
-    return _by_default(lambda client: client.open(path, mode, offset, length, page_size))
+    """Maps a file or a URL through the user's own kernel; see `Client.open`."""
+    return _by_default(lambda client: client.open(path, mode, offset, length, page_size, storage_options))
 
 
 def anonymous(nbytes: int, page_size: int | None = None, overcommit: bool = False) -> Mapping:
