@@ -29,7 +29,7 @@ from k42 import _native
 from k42.vm import protocol
 from k42.vm.errors import KernelUnavailable, OutOfFrames, ProtocolError, StoreError
 from k42.vm.fault import Fault
-from k42.vm.fcm import FileCacheManager, SharedFCM
+from k42.vm.fcm import FileCacheManager
 from k42.vm.fr import FileFR, FileRepresentative, ZeroFR
 from k42.vm.hat import Hat, UffdHat
 from k42.vm.pm import Backing, GlobalPageManager, PageManager, ProcessPM
@@ -443,7 +443,7 @@ class Kernel:
 
     def _make_fcm(self, fr: FileRepresentative, backing: Backing) -> FileCacheManager:
         try:
-            return SharedFCM.create(self._global_pm, fr, backing, len(self.cpus))
+            return self._variants.fcm.create(self._global_pm, fr, backing, len(self.cpus))
         except Exception as error:
             fr.close()
             k42.destroy(fr)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from k42.vm.fcm import PartitionedFCM, ReplicatedFCM, SharedFCM
 from k42.vm.pm.global_pm import DistributedGlobalPM, SharedGlobalPM
 from k42.vm.process import DistributedProcess, SharedProcess
 from k42.vm.region import DistributedRegion, SharedRegion
@@ -18,6 +19,7 @@ class Variants:
 
     process: type[SharedProcess] | type[DistributedProcess] = DistributedProcess
     region: type[SharedRegion] | type[DistributedRegion] = DistributedRegion
+    fcm: type[SharedFCM] = ReplicatedFCM
     global_pm: type[SharedGlobalPM] | type[DistributedGlobalPM] = DistributedGlobalPM
 
     @classmethod
@@ -47,5 +49,11 @@ class Variants:
 _CLASSES: dict[str, dict[str, type]] = {
     "process": {"shared": SharedProcess, "distributed": DistributedProcess},
     "region": {"shared": SharedRegion, "distributed": DistributedRegion},
+    "fcm": {
+        "shared": SharedFCM,
+        "distributed": ReplicatedFCM,
+        "replicated": ReplicatedFCM,
+        "partitioned": PartitionedFCM,
+    },
     "global_pm": {"shared": SharedGlobalPM, "distributed": DistributedGlobalPM},
 }
