@@ -40,7 +40,7 @@ struct Counts {
 void fault(PageTable& table, Truth& truth, Random& random, Counts& counts) {
     const uint64_t at = random.below(random.one_in(2) ? 8 : kPages);
     const bool write = random.one_in(8);
-    if (const auto held = table.hold(kFirst + at, kFirst, kPages, write); held.count) {
+    if (const auto held = table.hold(kFirst + at, kFirst, kPages, write, 1); held.count) {
         CHECK(held.first <= kFirst + at && kFirst + at < held.first + held.count);
         for (uint64_t page = held.first; page < held.first + held.count; ++page) {
             CHECK(truth.alive[page - kFirst] && bool(truth.dirty[page - kFirst]) == held.dirty);
@@ -77,6 +77,7 @@ void fault(PageTable& table, Truth& truth, Random& random, Counts& counts) {
         CHECK(truth.alive[run.first + i - kFirst] && truth.dirty[run.first + i - kFirst] == truth.dirty[at]);
     }
     random.maybe_yield(16);
+    for (uint32_t i = 0; i < run.count; ++i) pages[i]->used.store(1);
     table.copy(pages, run.count);
     table.unlock(pages, run.count);
 }
@@ -148,7 +149,7 @@ void one_makes_it(Kind kind) {
     for (int round = 0; round < 60; ++round) {
         std::atomic<int> made{0}, found{0};
         in_threads(4, [&](int) {
-            if (const auto held = table->hold(kFirst, kFirst, 1, false); held.count) {
+            if (const auto held = table->hold(kFirst, kFirst, 1, false, 1); held.count) {
                 table->release(held);
                 found.fetch_add(1);
                 return;
@@ -157,6 +158,7 @@ void one_makes_it(Kind kind) {
             table->lock(kFirst, 1, &page);
             (page->state() == PageState::absent ? made : found).fetch_add(1);
             page->set_state(PageState::resident);
+            page->used.store(1);
             table->copy(&page, 1);
             table->unlock(&page, 1);
         });
@@ -167,7 +169,7 @@ void one_makes_it(Kind kind) {
         page->set_state(PageState::absent);
         table->unlock(&page, 1);
         CHECK_EQUAL(table->size(), 0u);
-        CHECK_EQUAL(table->hold(kFirst, kFirst, 1, false).count, 0u);
+        CHECK_EQUAL(table->hold(kFirst, kFirst, 1, false, 1).count, 0u);
     }
 }
 

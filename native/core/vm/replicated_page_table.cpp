@@ -7,19 +7,20 @@ ReplicatedPageTable::~ReplicatedPageTable() {
     locals_.each([](Local& local) { alloc::destroy(&local); });
 }
 
-PageTable::Held ReplicatedPageTable::hold(uint64_t page, uint64_t first, uint32_t count, bool dirty_only) {
+PageTable::Held ReplicatedPageTable::hold(uint64_t page, uint64_t first, uint32_t count, bool dirty_only,
+                                          uint32_t cpus) {
     constexpr Held none{0, 0, false, nullptr};
     Local* local = locals_.find(runtime::current());
     if (!local) return none;
     local->lock.lock();
     const Copy* copy = local->find(page);
-    if (!copy || (dirty_only && !copy->dirty)) {
+    if (!copy || (dirty_only && !copy->dirty) || !(copy->used & cpus)) {
         local->lock.unlock();
         return none;
     }
     const auto joins = [&](uint64_t index) {
         const Copy* other = local->find(index);
-        return other && other->dirty == copy->dirty;
+        return other && other->dirty == copy->dirty && (other->used & cpus);
     };
     uint64_t begin = page;
     uint64_t end = page + 1;
@@ -38,8 +39,12 @@ void ReplicatedPageTable::copy(Page* const* pages, uint32_t count) {
     std::lock_guard own(local.lock);
     for (uint32_t i = 0; i < count; ++i) {
         const uint64_t index = pages[i]->index;
-        if (local.find(index)) continue;
-        auto* copy = alloc::make<Copy>(index, &local, pages[i]->is(Page::kDirty));
+        const uint32_t used = pages[i]->used.load(std::memory_order_relaxed);
+        if (Copy* copy = local.find(index)) {
+            copy->used = used;
+            continue;
+        }
+        auto* copy = alloc::make<Copy>(index, &local, pages[i]->is(Page::kDirty), used);
         Record* record = records_.find(spread(index), [&](const Record& r) { return r.index == index; });
         if (!record) {
             record = alloc::make<Record>(index, nullptr);

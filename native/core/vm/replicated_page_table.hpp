@@ -14,8 +14,8 @@
 // - How local tables are organised: the record of a page lists its copies. Locks: the descriptor, the records', a local
 //   table's, one of them at a time.
 //
-// Copies can be switched on and off at any time: off, it is a SharedPageTable. A processor must always fault for the same
-// CPU, as the engine's servers and the kernel's workers do: where a page may be mapped is noted when it is copied.
+// Copies can be switched on and off at any time: off, it is a SharedPageTable. Where a page may be
+// mapped is noted when it is copied; so a copy serves faults on the CPUs that were noted by then.
 #pragma once
 
 #include <atomic>
@@ -47,7 +47,7 @@ class alignas(runtime::apart) ReplicatedPageTable final : public PageTable {
     size_t bytes() const override;
     void each(const std::function<void(const Page&)>& visit) const override { master_.each(visit); }
 
-    Held hold(uint64_t page, uint64_t first, uint32_t count, bool dirty_only) override;
+    Held hold(uint64_t page, uint64_t first, uint32_t count, bool dirty_only, uint32_t cpus) override;
     void release(const Held& held) override;
     void copy(Page* const* pages, uint32_t count) override;
     void recall(Page* const* pages, uint32_t count) override;
@@ -66,6 +66,7 @@ class alignas(runtime::apart) ReplicatedPageTable final : public PageTable {
         uint64_t index;
         Local* local;
         bool dirty;
+        uint32_t used;  // the page's, when it was copied
         Copy* next = nullptr;    // in the local table
         Copy* others = nullptr;  // of the same page; protected by records_lock_
     };
