@@ -123,6 +123,7 @@ def test_every_choice_of_objects_serves(kernels, connect, folder, objects):
 
 
 def test_choices_that_do_not_exist(kernels):
+    assert Variants.named("shared", adapt=True).adapt
     for text in ("spread", "distributed,region", "region=replicated", "page=shared", ""):
         with pytest.raises(ValueError, match=r"say shared or distributed, or process=shared\|distributed"):
             Variants.named(text)
@@ -226,3 +227,13 @@ def test_a_swap_of_the_objects_of_a_process_that_nobody_has_used():
     k42.swap(process, DistributedProcess)
     assert process.region_map().replicated()
     assert isinstance(process.region_map(), _native.RegionMap)
+
+
+def test_a_kernel_that_adapts_serves(kernels, connect, folder):
+    content = words(64 * PAGE)
+    path = folder / "file"
+    path.write_bytes(content)
+    client = connect(kernels(31 * PAGE, objects="shared", adapt=True))
+    with client.open(path) as mapping:
+        until(lambda: bytes(mapping) != content or client.stat()["engine"]["faults"] > 1500, "three looks or so")
+        assert bytes(mapping) == content

@@ -344,7 +344,11 @@ class SharedFCM(FileCacheManager):
                     got = 1  # somebody else brings it in, or has
                 else:
                     self._fill(
-                        begun, got, pm, lambda b=begun, g=got: cache.complete_prefetch(b, g), failures.append  # type: ignore[misc]
+                        begun,
+                        got,
+                        pm,
+                        lambda b=begun, g=got: cache.complete_prefetch(b, g),
+                        failures.append,  # type: ignore[misc]
                     )
                     if failures:
                         raise failures[0]
