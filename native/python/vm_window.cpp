@@ -147,7 +147,6 @@ void dealloc(PyObject* self) {
 }
 constexpr uint32_t kRead = 0, kShared = 1, kPrivate = 2;  // what show() makes of a window, as Windows::Kind
 
-
 PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     int memfd, uffd;
     uint64_t offset, delta, length, status;

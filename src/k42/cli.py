@@ -210,7 +210,6 @@ def serve(
         sticky=sticky,
         objects=objects,
         adapt=adapt,
-        adapt=adapt,
     )
 
 

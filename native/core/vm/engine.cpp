@@ -179,7 +179,8 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
         }
         client.hat->retain();
         std::lock_guard guard(server.queue_lock);
-        server.queue.push_back({client.hat, cpu, at.address, client.hat->canonical(cpu, at.address).value_or(0), write});
+        server.queue.push_back(
+            {client.hat, cpu, at.address, client.hat->canonical(cpu, at.address).value_or(0), write});
         server.queue_filled.notify_one();
     }
     // Written by this thread alone: no read-modify-write is needed.

@@ -198,7 +198,7 @@ class SoftHat final : public Hat {
 
     bool is_mapped(uint64_t canonical_address) const;
     bool is_writable(uint64_t canonical_address) const;  // mapped, and a write to it is no fault
-    std::vector<uint64_t> mapped() const;  // canonical addresses, sorted
+    std::vector<uint64_t> mapped() const;                // canonical addresses, sorted
     std::map<uint64_t, std::string> failed() const;
     uint64_t wakes() const;
 
