@@ -347,8 +347,8 @@ class SharedFCM(FileCacheManager):
                         begun,
                         got,
                         pm,
-                        lambda b=begun, g=got: cache.complete_prefetch(b, g),
-                        failures.append,  # type: ignore[misc]
+                        lambda b=begun, g=got: cache.complete_prefetch(b, g),  # type: ignore[misc]
+                        failures.append,
                     )
                     if failures:
                         raise failures[0]
