@@ -43,8 +43,7 @@ struct FileCacheValue {
     FileCacheValue(Ref pool_, vm::FramePool* frames, int memfd, int journal, uint64_t pages, vm::Fill fill,
                    vm::Backing backing, vm::Policy policy, int cpus, vm::Tables tables)
         : pool(std::move(pool_)),
-          owned(std::make_unique<vm::FileCache>(frames, memfd, journal, pages, fill, backing, policy, cpus, tables)) {
-    }
+          owned(std::make_unique<vm::FileCache>(frames, memfd, journal, pages, fill, backing, policy, cpus, tables)) {}
     // Before the cache gives hints to this queue; there is one for all.
     void keep(Ref queue) {
         if (!hints) hints = std::move(queue);

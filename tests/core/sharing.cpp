@@ -61,50 +61,51 @@ void __tsan_write_range(void* address, unsigned long size) { on_write(address, s
 void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 void __tsan_atomic_signal_fence(int) {}
 
-#define PLAIN(size)                                                        \
-    void __tsan_read##size(void* address) { on_read(address, size); }      \
-    void __tsan_write##size(void* address) { on_write(address, size); }    \
-    void __tsan_unaligned_read##size(void* a) { on_read(a, size); }        \
-    void __tsan_unaligned_write##size(void* a) { on_write(a, size); }      \
+#define PLAIN(size)                                                            \
+    void __tsan_read##size(void* address) { on_read(address, size); }          \
+    void __tsan_write##size(void* address) { on_write(address, size); }        \
+    void __tsan_unaligned_read##size(void* a) { on_read(a, size); }            \
+    void __tsan_unaligned_write##size(void* a) { on_write(a, size); }          \
     void __tsan_volatile_read##size(void* address) { on_read(address, size); } \
     void __tsan_volatile_write##size(void* address) { on_write(address, size); }
-PLAIN(1) PLAIN(2) PLAIN(4) PLAIN(8) PLAIN(16)
-
-#define MODIFY(bits, T, name, builtin)                                         \
-    T __tsan_atomic##bits##_##name(volatile T* a, T value, int) {              \
-        on_write(a, sizeof(T));                                                \
-        return builtin(a, value, __ATOMIC_SEQ_CST);                            \
+PLAIN(1)
+PLAIN(2)
+PLAIN(4) PLAIN(8) PLAIN(16)
+#define MODIFY(bits, T, name, builtin)                            \
+    T __tsan_atomic##bits##_##name(volatile T* a, T value, int) { \
+        on_write(a, sizeof(T));                                   \
+        return builtin(a, value, __ATOMIC_SEQ_CST);               \
     }
-#define ATOMIC(bits, T)                                                                                      \
-    T __tsan_atomic##bits##_load(const volatile T* a, int) {                                                 \
-        on_read(a, sizeof(T));                                                                               \
-        return __atomic_load_n(a, __ATOMIC_SEQ_CST);                                                         \
-    }                                                                                                        \
-    void __tsan_atomic##bits##_store(volatile T* a, T value, int) {                                          \
-        on_write(a, sizeof(T));                                                                              \
-        __atomic_store_n(a, value, __ATOMIC_SEQ_CST);                                                        \
-    }                                                                                                        \
-    MODIFY(bits, T, exchange, __atomic_exchange_n)                                                           \
-    MODIFY(bits, T, fetch_add, __atomic_fetch_add)                                                           \
-    MODIFY(bits, T, fetch_sub, __atomic_fetch_sub)                                                           \
-    MODIFY(bits, T, fetch_and, __atomic_fetch_and)                                                           \
-    MODIFY(bits, T, fetch_or, __atomic_fetch_or)                                                             \
-    MODIFY(bits, T, fetch_xor, __atomic_fetch_xor)                                                           \
-    bool __tsan_atomic##bits##_compare_exchange_strong(volatile T* a, T* expected, T value, int, int) {      \
-        on_write(a, sizeof(T));                                                                              \
-        return __atomic_compare_exchange_n(a, expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);   \
-    }                                                                                                        \
-    bool __tsan_atomic##bits##_compare_exchange_weak(volatile T* a, T* expected, T value, int x, int y) {    \
-        return __tsan_atomic##bits##_compare_exchange_strong(a, expected, value, x, y);                      \
-    }                                                                                                        \
-    T __tsan_atomic##bits##_compare_exchange_val(volatile T* a, T expected, T value, int x, int y) {         \
-        __tsan_atomic##bits##_compare_exchange_strong(a, &expected, value, x, y);                            \
-        return expected;                                                                                     \
+#define ATOMIC(bits, T)                                                                                    \
+    T __tsan_atomic##bits##_load(const volatile T* a, int) {                                               \
+        on_read(a, sizeof(T));                                                                             \
+        return __atomic_load_n(a, __ATOMIC_SEQ_CST);                                                       \
+    }                                                                                                      \
+    void __tsan_atomic##bits##_store(volatile T* a, T value, int) {                                        \
+        on_write(a, sizeof(T));                                                                            \
+        __atomic_store_n(a, value, __ATOMIC_SEQ_CST);                                                      \
+    }                                                                                                      \
+    MODIFY(bits, T, exchange, __atomic_exchange_n)                                                         \
+    MODIFY(bits, T, fetch_add, __atomic_fetch_add)                                                         \
+    MODIFY(bits, T, fetch_sub, __atomic_fetch_sub)                                                         \
+    MODIFY(bits, T, fetch_and, __atomic_fetch_and)                                                         \
+    MODIFY(bits, T, fetch_or, __atomic_fetch_or)                                                           \
+    MODIFY(bits, T, fetch_xor, __atomic_fetch_xor)                                                         \
+    bool __tsan_atomic##bits##_compare_exchange_strong(volatile T* a, T* expected, T value, int, int) {    \
+        on_write(a, sizeof(T));                                                                            \
+        return __atomic_compare_exchange_n(a, expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+    }                                                                                                      \
+    bool __tsan_atomic##bits##_compare_exchange_weak(volatile T* a, T* expected, T value, int x, int y) {  \
+        return __tsan_atomic##bits##_compare_exchange_strong(a, expected, value, x, y);                    \
+    }                                                                                                      \
+    T __tsan_atomic##bits##_compare_exchange_val(volatile T* a, T expected, T value, int x, int y) {       \
+        __tsan_atomic##bits##_compare_exchange_strong(a, &expected, value, x, y);                          \
+        return expected;                                                                                   \
     }
-ATOMIC(8, unsigned char) ATOMIC(16, unsigned short) ATOMIC(32, unsigned) ATOMIC(64, unsigned long)
+    ATOMIC(8, unsigned char) ATOMIC(16, unsigned short) ATOMIC(32, unsigned) ATOMIC(64, unsigned long)
 
-// Locks, of whoever takes them: std::mutex comes here.
-int pthread_mutex_lock(pthread_mutex_t* mutex) {
+    // Locks, of whoever takes them: std::mutex comes here.
+    int pthread_mutex_lock(pthread_mutex_t* mutex) {
     static int (*const real)(pthread_mutex_t*) =
         reinterpret_cast<int (*)(pthread_mutex_t*)>(dlsym(RTLD_NEXT, "pthread_mutex_lock"));
     if (record) {
@@ -160,7 +161,8 @@ Shared shared_by_two(Objects objects, bool zero_fill) {
     constexpr uint64_t kWarm = 40, kAbsent = 20;  // together less than a chunk of frames: the root is not asked again
     FramePool pool(1'000'000, objects.frames);
     FileCache cache(&pool, memory(kPages * kPageSize), memory(kPages), kPages, Fill::zero, Backing::reserved,
-                    Policy::fifo, 2, objects.fcm ? (zero_fill ? Tables::partitioned : Tables::replicated) : Tables::shared);
+                    Policy::fifo, 2,
+                    objects.fcm ? (zero_fill ? Tables::partitioned : Tables::replicated) : Tables::shared);
     CHECK(pool.reserve(kPages));
     RegionMap map(objects.process);
     auto* hat = new NoHat(1, &map, 2);

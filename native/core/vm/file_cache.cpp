@@ -203,8 +203,8 @@ Outcome FileCache::resolve_resident(const FaultAt& fault, Page* page, Run around
 }
 
 Outcome FileCache::resolve(const FaultAt& fault, uint64_t page, Run group, Run around) {
-    if (const PageTable::Held held = table_->hold(page, around.first, around.count, fault.write && fault.tracked,
-                                                       cpu_bit(fault.cpu));
+    if (const PageTable::Held held =
+            table_->hold(page, around.first, around.count, fault.write && fault.tracked, cpu_bit(fault.cpu));
         held.count) {
         cpu_counts_[fault.cpu].mapped.fetch_add(1, std::memory_order_relaxed);
         give_hint(page);

@@ -146,8 +146,8 @@ class FileCache {
     uint64_t restore();
 
     void use(Policy policy);
-    // Makes the page table replicated, or shared again, while faults come. False, and nothing changed, for a partitioned
-    // one.
+    // Makes the page table replicated, or shared again, while faults come. False, and nothing changed, for a
+    // partitioned one.
     bool replicate(bool replicated);
     Tables tables() const;
     // Copies of page descriptors that processors have.

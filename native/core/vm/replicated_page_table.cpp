@@ -33,7 +33,8 @@ void ReplicatedPageTable::release(const Held& held) { static_cast<Local*>(held.c
 
 void ReplicatedPageTable::copy(Page* const* pages, uint32_t count) {
     if (!replicated_.load(std::memory_order_relaxed)) return;
-    Local& local = locals_.of(runtime::current(), []() -> Local& { return *alloc::make<Local, alloc::Kind::padded>(); });
+    Local& local =
+        locals_.of(runtime::current(), []() -> Local& { return *alloc::make<Local, alloc::Kind::padded>(); });
     std::lock_guard guard(records_lock_);
     if (!replicated_.load(std::memory_order_relaxed)) return;  // switched off since
     std::lock_guard own(local.lock);

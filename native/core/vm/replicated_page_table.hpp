@@ -66,7 +66,7 @@ class alignas(runtime::apart) ReplicatedPageTable final : public PageTable {
         uint64_t index;
         Local* local;
         bool dirty;
-        uint32_t used;  // the page's, when it was copied
+        uint32_t used;           // the page's, when it was copied
         Copy* next = nullptr;    // in the local table
         Copy* others = nullptr;  // of the same page; protected by records_lock_
     };

@@ -1,10 +1,11 @@
 """Objects that many processors use are made distributed while they serve, and shared again when one uses them.
 
 What is looked at is counted on the way (``native/core/structures/traffic.hpp``): how often a shared object was used by
-another processor than the time before, since that is when its line moves; and which processors use a distributed one.
+another processor than the time before, since that is when its line moves; and which processors use one that is
+distributed.
 
-K42's swaps were triggered by any failed attempt to take a lock. Here it takes two looks in a row that find the same, and
-ten for the way back, and an object that is hardly used is left alone: so that nothing swings to and fro.
+K42's swaps were triggered by any failed attempt to take a lock. Here it takes two looks in a row that find the same,
+and ten for the way back, and an object that is hardly used is left alone: so that nothing swings to and fro.
 """
 
 from __future__ import annotations

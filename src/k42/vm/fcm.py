@@ -636,8 +636,8 @@ class ReplicatedFCM(SharedFCM):
       recalls the copies from each processor that has one.
     - How they are organised: each page's record lists its copies.
 
-    Section 4.4 of the paper. It pages as the shared one does, and can be swapped with it. For the args of ``create`` see
-    `SharedFCM`.
+    Section 4.4 of the paper. It pages as the shared one does, and can be swapped with it. For the args of ``create``
+    see `SharedFCM`.
     """
 
     class Root(SharedFCM.Root):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from k42.vm.adapt import Watched
 from k42.vm.fcm import PartitionedFCM, ReplicatedFCM, SharedFCM
@@ -66,7 +66,7 @@ class Variants:
                 yield Watched(mapped.region, mapped.region.native().traffic, SharedRegion, DistributedRegion)
 
 
-_CLASSES: dict[str, dict[str, type]] = {
+_CLASSES: dict[str, dict[str, Any]] = {
     "process": {"shared": SharedProcess, "distributed": DistributedProcess},
     "region": {"shared": SharedRegion, "distributed": DistributedRegion},
     "fcm": {
