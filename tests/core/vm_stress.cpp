@@ -153,7 +153,10 @@ class WitnessHat final : public Hat {
 // One process, one file, and what the Python objects do with faults that the engine hands up.
 struct World {
     World(uint64_t budget, uint64_t pages, Fill fill, Backing backing, Policy policy = Policy::fifo)
-        : pool(budget), memory(pages), known(pages), cache(&pool, memory.another_fd(), make_journal(pages), pages, fill, backing, policy, 8) {}
+        : pool(budget),
+          memory(pages),
+          known(pages),
+          cache(&pool, memory.another_fd(), make_journal(pages), pages, fill, backing, policy, 8) {}
 
     // Resolves the fault as the kernel's worker threads do. `abort_one_in`: a fill that fails halfway; 0: never.
     void finish(const FaultAt& fault, Random& random, uint64_t abort_one_in) {

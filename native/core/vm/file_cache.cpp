@@ -225,6 +225,11 @@ Outcome FileCache::resolve(const FaultAt& fault, uint64_t page, Run group, Run a
         table_->unlock(pages, 1);
         group.count = uint32_t(std::min<uint64_t>(group.count, this->pages() - group.first));
         table_->lock(group.first, group.count, pages);
+        if (Page* came = pages[page - group.first]; came->state() == PageState::resident) {  // between our two looks
+            std::swap(pages[page - group.first], pages[group.count - 1]);
+            table_->unlock(pages, group.count - 1);
+            return resolve_resident(fault, came, around);
+        }
     } else {
         group = {page, 1};
     }
@@ -240,10 +245,7 @@ Outcome FileCache::resolve(const FaultAt& fault, uint64_t page, Run group, Run a
             break;
         }
         case PageState::resident:
-            // It came between our two looks: the next fault finds it so.
-            fault.hat->wake(fault.cpu, fault.address, kPageSize);
-            outcome = Outcome::mapped;
-            break;
+            break;  // dealt with above
         case PageState::absent:
             if (fill_ == Fill::zero && !(journaled(page) & kStored)) {
                 Run run = run_around(pages, group.first, group.count, page);
