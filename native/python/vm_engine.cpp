@@ -142,7 +142,8 @@ PyObject* next(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
         }
     }
     if (!fault) Py_RETURN_NONE;
-    return Py_BuildValue("(KiKKO)", id, fault->cpu, fault->address, fault->canonical, fault->write ? Py_True : Py_False);
+    return Py_BuildValue("(KiKKO)", id, fault->cpu, fault->address, fault->canonical,
+                         fault->write ? Py_True : Py_False);
 }
 
 PyObject* counts(PyObject* self, PyObject*) {

@@ -20,8 +20,7 @@ bool to_run(uint64_t first, uint32_t count) {
 }
 
 bool to_range(uint64_t page, uint64_t first, uint32_t count) {
-    if (count == 0 || count > vm::FileCache::kMaxGroup || page < first ||
-        page >= first + count) {
+    if (count == 0 || count > vm::FileCache::kMaxGroup || page < first || page >= first + count) {
         PyErr_SetString(PyExc_ValueError, "a page range outside the file, or too long");
         return false;
     }
@@ -57,7 +56,8 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     int memfd, journal, cpus;
     uint64_t pages;
     uint32_t fill, backing, policy;
-    if (!unpack_new("FileCache", args, kwargs, pool, memfd, journal, pages, fill, backing, policy, cpus)) return nullptr;
+    if (!unpack_new("FileCache", args, kwargs, pool, memfd, journal, pages, fill, backing, policy, cpus))
+        return nullptr;
     FramePoolValue* frames = checked<FramePoolValue>(pool, vm_types.frame_pool);
     if (!frames) return nullptr;
     if (fill > uint32_t(vm::Fill::store) || backing > uint32_t(vm::Backing::overcommitted) ||
@@ -425,8 +425,9 @@ PyType_Slot slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(make)},
     {Py_tp_dealloc, reinterpret_cast<void*>(Self::dealloc)},
     {Py_tp_methods, methods},
-    {Py_tp_doc, const_cast<char*>("FileCache(pool, memfd, journal, pages, fill, backing, policy, cpus, /)\n\nThe pages of one "
-                                  "file, their frames in a memfd, which it takes over, as the journal (paper 4.4).")},
+    {Py_tp_doc,
+     const_cast<char*>("FileCache(pool, memfd, journal, pages, fill, backing, policy, cpus, /)\n\nThe pages of one "
+                       "file, their frames in a memfd, which it takes over, as the journal (paper 4.4).")},
     {0, nullptr},
 };
 
@@ -466,8 +467,8 @@ PyType_Slot hint_slots[] = {
     {Py_tp_doc, const_cast<char*>("HintQueue()\n\nWhere faults say that read-ahead is due.")},
     {0, nullptr},
 };
-PyType_Spec hint_spec = {"k42._native.HintQueue", sizeof(SelfHints), 0,
-                         Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, hint_slots};
+PyType_Spec hint_spec = {"k42._native.HintQueue", sizeof(SelfHints), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+                         hint_slots};
 
 }  // namespace
 

@@ -92,6 +92,8 @@ PyObject* usage(PyObject* self, PyObject*) {
 }
 
 PyObject* free_frames(PyObject* self, PyObject*) { return PyLong_FromUnsignedLongLong(pool_of(self).free()); }
+PyObject* enough(PyObject* self, PyObject*) { return PyLong_FromUnsignedLongLong(pool_of(self).enough()); }
+
 PyObject* level(PyObject* self, PyObject*) { return PyLong_FromLong(long(pool_of(self).level())); }
 PyObject* check(PyObject* self, PyObject*) {
     return PyBool_FromLong(pool_of(self).check() && pool_of(self).accounts().check());
@@ -227,6 +229,7 @@ PyMethodDef methods[] = {
     {"wait", fast(wait), METH_FASTCALL, "Wait until changes() differs from the number given, or a timeout in ms."},
     {"usage", usage, METH_NOARGS, "Frames in use and promised, by kind."},
     {"free", free_frames, METH_NOARGS, "Frames that nobody uses; an estimate while others take and give."},
+    {"enough", enough, METH_NOARGS, "How many free frames are enough."},
     {"level", level, METH_NOARGS, "By free frames: 0 critical, 1 low, 2 mid, 3 high."},
     {"low_event", low_event, METH_NOARGS,
      "The pool's own eventfd: written when the level falls to low or below, and when an allocation must reclaim."},

@@ -17,18 +17,19 @@ PyObject* make_region(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     uint64_t start, pages, first_page;
     uint32_t group, around;
     bool tracked;
-    if (!unpack_new("Region", args, kwargs, cache, hat, start, pages, first_page, group, around, tracked)) return nullptr;
+    if (!unpack_new("Region", args, kwargs, cache, hat, start, pages, first_page, group, around, tracked))
+        return nullptr;
     FileCacheValue* cache_value = checked<FileCacheValue>(cache, vm_types.file_cache);
     HatValue* hat_value = checked<HatValue>(hat, vm_types.hat);
     if (!cache_value || !hat_value) return nullptr;
     if (start % vm::kPageSize || pages == 0 || group == 0 || group > vm::FileCache::kMaxGroup ||
-        around > vm::FileCache::kMaxGroup ||
-        first_page + pages > cache_value->cache.pages() || first_page + pages < pages) {
+        around > vm::FileCache::kMaxGroup || first_page + pages > cache_value->cache.pages() ||
+        first_page + pages < pages) {
         PyErr_SetString(PyExc_ValueError, "a region is whole pages within its file, in groups of 1 to 512 pages");
         return nullptr;
     }
-    return SelfRegion::make(type, Ref::borrow(cache), Ref::borrow(hat), start, pages, first_page, group, around, tracked,
-                            &cache_value->cache, hat_value->hat);
+    return SelfRegion::make(type, Ref::borrow(cache), Ref::borrow(hat), start, pages, first_page, group, around,
+                            tracked, &cache_value->cache, hat_value->hat);
 }
 
 PyObject* enter(PyObject* self, PyObject*) {

@@ -188,15 +188,30 @@ def serve(
             help="Keep a thread on one CPU, of those that its program allows, as long as its faults follow each other.",
         ),
     ] = True,
+    swap: Annotated[
+        bool,
+        typer.Option(
+            "--swap/--no-swap",
+            help="When frames run out, write memory made with overcommit to a file in K42_SWAP_DIR or /var/tmp.",
+        ),
+    ] = True,
+    policy: Annotated[
+        str, typer.Option(metavar="NAME", help="Which pages are given back first: fifo, clock or s3fifo.")
+    ] = "fifo",
 ) -> None:
     """Run the kernel process, which serves the page faults of its clients, until it is ended."""
     from k42.vm import kernel
+    from k42.vm.fcm import Policy
     from k42.vm.variants import Variants
 
     try:
         Variants.named(objects)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--objects") from None
+    try:
+        Policy.named(policy)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--policy") from None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     kernel.serve(
         socket=str(socket) if socket else None,
@@ -206,6 +221,8 @@ def serve(
         homing=homing,
         sticky=sticky,
         objects=objects,
+        swap=swap,
+        policy=policy,
     )
 
 

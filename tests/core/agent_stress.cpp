@@ -115,7 +115,7 @@ class Served {
                         const uint64_t page = messages[i].arg.pagefault.address & ~(kPageSize - 1);
                         // All pages are there: a zero would be one that Linux made where nobody served.
                         CHECK(messages[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR);
-                        const RangeResult result = continue_range(uffd, page, kPageSize);
+                        const RangeResult result = continue_range(uffd, page, kPageSize, true);
                         if (result.error) wake_range(uffd, page, kPageSize);
                         faults.fetch_add(1);
                     }
@@ -279,6 +279,41 @@ void copies_are_kept() {
     served.stop_serving();
 }
 
+// Spans of one window are on two userfaultfds. Any of them maps a page of any span and write-protects across all; the
+// fault of a write comes on the span's own.
+void any_userfaultfd_serves_all() {
+    begin("any userfaultfd serves all");
+    Served served;
+    constexpr uint64_t kHalf = Served::kLength / 2;
+    void* memory = mmap(nullptr, Served::kLength, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, served.memfd, 0);
+    CHECK(memory != MAP_FAILED);
+    const auto base = reinterpret_cast<uint64_t>(memory);
+    CHECK_EQUAL(register_range(served.uffds[0], base, kHalf, true), 0);
+    CHECK_EQUAL(register_range(served.uffds[1], base + kHalf, kHalf, true), 0);
+    CHECK(continue_range(served.uffds[0], base, Served::kLength, true).error != 0);  // not across
+    CHECK_EQUAL(continue_range(served.uffds[0], base + kHalf, kHalf, true).error, 0);
+    CHECK_EQUAL(continue_range(served.uffds[1], base, kHalf, true).error, 0);
+    auto* bytes = static_cast<volatile unsigned char*>(memory);
+    for (uint64_t at = 0; at < Served::kLength; at += kPageSize) bytes[at + 100] = 1;
+    for (int uffd : served.uffds) {
+        CHECK_EQUAL(protect_range(uffd, base, Served::kLength, true), 0);
+        for (uint64_t at = 0; at < Served::kLength; at += kPageSize) {
+            std::thread writer([&] { bytes[at + 100] = bytes[at + 100] + 1; });
+            const int own = served.uffds[at >= kHalf];
+            pollfd polled{own, POLLIN, 0};
+            CHECK(poll(&polled, 1, -1) == 1);
+            uffd_msg message;
+            CHECK_EQUAL(read_messages(own, &message, 1), ssize_t{1});
+            CHECK(message.arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP);
+            CHECK_EQUAL(message.arg.pagefault.address & ~(kPageSize - 1), base + at);
+            CHECK_EQUAL(protect_range(own, base + at, kPageSize, false), 0);
+            writer.join();
+        }
+    }
+    for (uint64_t at = 0; at < Served::kLength; at += kPageSize) CHECK_EQUAL(int(bytes[at + 100]), 3);
+    munmap(memory, Served::kLength);
+}
+
 // Nobody reads the events: the agent waits, its client does not. Its end, or the kernel's, frees it.
 void kernel_stopped(bool gone) {
     begin(gone ? "the kernel has gone" : "the kernel is stopped");
@@ -321,6 +356,7 @@ int main(int argc, char** argv) {
         moves_under_touches(false);
         late_commands();
         copies_are_kept();
+        any_userfaultfd_serves_all();
         kernel_stopped(false);
         kernel_stopped(true);
     }

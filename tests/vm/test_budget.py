@@ -34,7 +34,7 @@ READ_ALL = """
 def kernel_of():
     """A kernel with this budget, the same for all tests that do not mind what was before."""
     made, kernels = Kernels(), {}
-    yield lambda budget: kernels.get(budget) or kernels.setdefault(budget, made(budget))
+    yield lambda budget: kernels.get(budget) or kernels.setdefault(budget, made(budget, swap=False))
     made.end()
 
 

@@ -168,7 +168,9 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
         const bool guarded = fault.flags & UFFD_PAGEFAULT_FLAG_WP;
         const bool write = guarded || (fault.flags & UFFD_PAGEFAULT_FLAG_WRITE);
         const FaultAt at{client.hat, cpu, address, write, guarded};
-        const bool done = handle(at);
+        std::optional<uint64_t> canonical;
+        if (window) canonical = window->canonical + (address - window->base);
+        const bool done = handle(at, canonical);
         if (window) {
             // The thread goes on meanwhile: it faults again if its span moves under it.
             rehomed += client.hat->follow(*window, cpu, at.address, client.homing ? place : -1, now);
@@ -179,7 +181,7 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
         }
         client.hat->retain();
         std::lock_guard guard(server.queue_lock);
-        server.queue.push_back({client.hat, cpu, at.address, client.hat->canonical(cpu, at.address).value_or(0), write});
+        server.queue.push_back({client.hat, cpu, at.address, canonical.value_or(0), write});
         server.queue_filled.notify_one();
     }
     // Written by this thread alone: no read-modify-write is needed.
@@ -196,8 +198,9 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
     (void)runtime::leave(processor);
 }
 
-bool Engine::handle(FaultAt fault) {
-    const auto canonical = fault.hat->canonical(fault.cpu, fault.address);
+bool Engine::handle(FaultAt fault) { return handle(fault, fault.hat->canonical(fault.cpu, fault.address)); }
+
+bool Engine::handle(FaultAt fault, std::optional<uint64_t> canonical) {
     const auto entry = canonical ? fault.hat->regions().lookup(*canonical) : std::nullopt;
     if (!entry) {
         fault.hat->fail(fault.cpu, fault.address, kPageSize, "no region is mapped at this address any more");

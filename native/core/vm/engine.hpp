@@ -97,6 +97,8 @@ class Engine {
         bool stopped = false;
     };
 
+    // `canonical`: what the window shows at the fault's address.
+    static bool handle(FaultAt fault, std::optional<uint64_t> canonical);
     void serve(int cpu);
     void read_faults(int cpu, Server& server, Client& client, uint64_t now);
 

@@ -423,8 +423,8 @@ void FileCache::look_at(const std::vector<Replacement::Candidate>& candidates, s
             continue;  // it went in another way
         }
         auto verdict = Replacement::Verdict::wait;
-        const bool free = page->state() == PageState::resident &&
-                          !page->is(Page::kPinned | Page::kWriting | Page::kLaundry);
+        const bool free =
+            page->state() == PageState::resident && !page->is(Page::kPinned | Page::kWriting | Page::kLaundry);
         if (free) {
             const bool mapped = page->used.load(std::memory_order_relaxed) != 0;
             verdict = order.judge(candidate, {page->uses(), mapped, page->is(Page::kProbed)}, thorough);

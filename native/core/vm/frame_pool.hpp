@@ -139,6 +139,9 @@ class alignas(runtime::apart) FramePool {
     // Frames that nobody uses; an estimate while others take and give.
     uint64_t free() const { return uint64_t(quota_.left(kFrames)); }
 
+    // So many free frames are MID.
+    uint64_t enough() const { return low_ + low_ / 4; }
+
     // With few frames in all none are kept free ahead of need: of 15 pages or fewer the level is always HIGH.
     Level level() const { return level_of(free()); }
 

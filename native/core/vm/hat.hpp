@@ -26,7 +26,7 @@ namespace k42::vm {
 
 // A range of a client's addresses that shows a region; the first one made for a region has the region's own (canonical)
 // addresses.
-struct Window {
+struct alignas(runtime::apart) Window {
     Window(int cpu_, uint64_t base_, uint64_t length_, uint64_t canonical_, bool follows)
         : cpu(cpu_),
           base(base_),
@@ -198,7 +198,7 @@ class SoftHat final : public Hat {
 
     bool is_mapped(uint64_t canonical_address) const;
     bool is_writable(uint64_t canonical_address) const;  // mapped, and a write to it is no fault
-    std::vector<uint64_t> mapped() const;  // canonical addresses, sorted
+    std::vector<uint64_t> mapped() const;                // canonical addresses, sorted
     std::map<uint64_t, std::string> failed() const;
     uint64_t wakes() const;
 

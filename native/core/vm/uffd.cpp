@@ -72,7 +72,8 @@ int open_userfaultfd(bool user_mode_only) {
     uffdio_api api{};
     api.api = UFFD_API;
     api.features = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_THREAD_ID |
-                   UFFD_FEATURE_POISON | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
+                   UFFD_FEATURE_POISON | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_PAGEFAULT_FLAG_WP |
+                   UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
     if (ioctl(fd, UFFDIO_API, &api) < 0) {
         close(fd);
         return -EOPNOTSUPP;  // EINVAL here means that a feature is missing

@@ -95,12 +95,13 @@ class Gate:
         self._barrier.abort()
 
 
-def on_processors(processors: int, body: Callable[[int, Gate], float]) -> list[float]:
-    """Run `body` on one thread a processor, each pinned to its CPU.
+def on_processors(processors: int, body: Callable[[int, Gate], float], *, pinned: bool = True) -> list[float]:
+    """Run `body` on one thread a processor, each pinned to its CPU unless told otherwise.
 
     Args:
         processors: how many threads.
         body: called with its CPU and the gate that it must pass once.
+        pinned: bind each thread to its CPU; else it may run on any, and the number says only which thread it is.
 
     Returns:
         What the bodies returned.
@@ -115,7 +116,8 @@ def on_processors(processors: int, body: Callable[[int, Gate], float]) -> list[f
     failures: list[BaseException] = []
 
     def run(cpu: int) -> float:
-        os.sched_setaffinity(0, {cpu})  # of this thread
+        if pinned:
+            os.sched_setaffinity(0, {cpu})  # of this thread
         try:
             return body(cpu, gate)
         except BaseException as failure:

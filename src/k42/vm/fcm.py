@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import logging
 import os
 import threading
@@ -29,15 +30,21 @@ import k42
 from k42 import _native
 from k42.vm.errors import OutOfFrames, StoreError
 from k42.vm.fault import Fault
-from k42.vm.fr import FileRepresentative, ZeroFR
+from k42.vm.fr import FileRepresentative, SwapFR, ZeroFR
 from k42.vm.hat import Hat
+from k42.vm.io import IoQueue
 from k42.vm.pm import Backing, GlobalPageManager, PageManager
 from k42.vm.protocol import MAX_GROUP, PAGE, pages_of
+from k42.vm.readahead import Advice as Trend
+from k42.vm.readahead import Ahead, ReadAhead
 
 log = logging.getLogger("k42.kernel")
 
 _WRITE_PAGES = 256  # pages written at once: 1 MiB
 _RETRY = 1.0  # seconds until a store that failed to take pages is tried again
+_MARKERS = 8  # of read-ahead, at a time
+AROUND = 16
+"""Pages of 4 KiB of which the resident ones are mapped by one fault, unless a mapping says otherwise."""
 _PATIENCE = 100  # ms between two looks at pages that others have in I/O
 
 
@@ -50,6 +57,19 @@ class Policy(enum.IntEnum):
     """A ring; who was used goes round once more."""
     S3FIFO = 2
     """A small queue for pages that are new, a main queue for those that come again."""
+
+    @classmethod
+    def named(cls, name: str) -> Policy:
+        """The policy of this name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        try:
+            return cls[name.upper()]
+        except KeyError:
+            known = ", ".join(policy.name.lower() for policy in cls)
+            raise ValueError(f"there is no policy of replacement {name!r}; there are: {known}") from None
 
 
 class Advice(enum.StrEnum):
@@ -112,6 +132,22 @@ class FileCacheManager(k42.Object):
         Returns:
             None; or what remains to be done, to be called outside of the gate: the page is in I/O.
         """
+        raise NotImplementedError
+
+    def hinted(self, page: int) -> None:
+        """A fault came to a page that bears the marker of read-ahead: the next window is due."""
+        raise NotImplementedError
+
+    def replaceable(self) -> bool:
+        """Whether its pages can be given back while somebody shows them."""
+        raise NotImplementedError
+
+    def lasting(self) -> bool:
+        """Whether its store outlives it, so that dirty pages are to be written back before they have to go."""
+        raise NotImplementedError
+
+    def dirty_pages(self) -> int:
+        """How many pages the store does not have."""
         raise NotImplementedError
 
     def give_back(self, frames: int) -> int:
@@ -177,6 +213,14 @@ class FileCacheManager(k42.Object):
         raise NotImplementedError
 
 
+class _Ahead:
+    """A page manager for what is read ahead, which is charged to nobody."""
+
+    def __init__(self, global_pm: GlobalPageManager) -> None:
+        self.allocate = global_pm.allocate
+        self.release = global_pm.release
+
+
 class SharedFCM(FileCacheManager):
     """The non-distributed FCM: one page table under one lock.
 
@@ -186,6 +230,8 @@ class SharedFCM(FileCacheManager):
         backing: who stands behind the frames.
         cpus: how many CPUs faults come from.
         policy: which pages go first.
+        hints: where the fault path says that read-ahead is due; None: there is no read-ahead.
+        id: names this FCM there.
     """
 
     class Root(k42.SharedRoot):
@@ -198,13 +244,23 @@ class SharedFCM(FileCacheManager):
             backing: Backing,
             cpus: int = 1,
             policy: Policy = Policy.FIFO,
+            hints: _native.HintQueue | None = None,
+            id: int = 0,
         ) -> None:
             self.global_pm = global_pm
             self.fr = fr
             self.backing = backing
-            self.cluster = global_pm.cluster() if backing is Backing.FILE else 1
+            self.policy = policy
+            self.hints = hints
+            self.id = id
+            self.anonymous = isinstance(k42.local(fr), ZeroFR | SwapFR)
+            traits = fr.traits()
+            self.cluster = min(global_pm.cluster(), traits.cluster) if backing is Backing.FILE else 1
+            self.queue = IoQueue(os.path.basename(fr.name()), traits.concurrency)
+            limit = 0 if hints is None or self.anonymous else min(traits.read_ahead, global_pm.prefetchable() // 4)
+            self.read_ahead = ReadAhead(pages_of(fr.size()), limit)
+            self.markers: dict[int, int] = {}  # of read-ahead: first page of the range that gives the hint, to marker
             self.sequential = False  # pages are used once, in order
-            self.random = False  # neighbours of a page are not wanted with it
             self.failed_until = 0.0  # monotonic time until which the store is not asked to take pages
             self.flushing = threading.Lock()  # protects the order of resize and flush; before all native locks
             pages = pages_of(fr.size())
@@ -216,7 +272,7 @@ class SharedFCM(FileCacheManager):
                 os.ftruncate(journal, pages)
                 if backing is Backing.FILE:
                     os.fchmod(frames, 0o400)  # a reader cannot get a writable descriptor by way of /proc
-                fill = 0 if isinstance(k42.local(fr), ZeroFR) else 1
+                fill = 0 if self.anonymous else 1
                 self.cache = _native.FileCache(global_pm.native(), frames, journal, pages, fill, backing, policy, cpus)
             except BaseException:
                 for descriptor in (frames, journal):
@@ -260,11 +316,13 @@ class SharedFCM(FileCacheManager):
                 break  # else another fault was faster: look again
 
         def done() -> None:
-            with inside() as shown:
+            completed = False
+            with contextlib.suppress(k42.Destroyed), inside() as shown:
                 if shown:
                     cache.complete_io(*at, page, first, count, *mappable)
-                else:
-                    cache.complete_prefetch(first, count)
+                    completed = True
+            if not completed:
+                cache.complete_prefetch(first, count)
 
         def failed(error: Exception) -> None:
             # An access that is not there any more has nothing to be told.
@@ -272,10 +330,58 @@ class SharedFCM(FileCacheManager):
                 if shown:
                     hat.fail(fault.cpu, fault.address, str(error))
 
-        return lambda: self._fill(first, count, pm, done, failed)
+        def submit() -> None:
+            self.root.queue.submit(lambda: self._fill(first, count, pm, done, failed))
+            self._look_ahead(self.root.read_ahead.missed(first, count), pm)
+
+        return submit
+
+    def _look_ahead(self, ahead: Ahead | None, pm: PageManager | _Ahead) -> None:
+        """Has pages read that will be wanted soon."""
+        root = self.root
+        if ahead is None or root.hints is None:
+            return
+        # The marker may be mapped together with neighbours that are touched before it.
+        start = ahead.marker - ahead.marker % AROUND
+        root.markers[start] = ahead.marker
+        while len(root.markers) > _MARKERS:
+            root.markers.pop(next(iter(root.markers)))
+        root.cache.set_marker(root.hints, root.id, start, max(ahead.marker + 1, start + AROUND))
+        step = max(root.cluster, min(ahead.pages // 2, MAX_GROUP))
+        for first in range(ahead.first, ahead.first + ahead.pages, step):
+            end = min(first + step, ahead.first + ahead.pages)
+            root.queue.submit(functools.partial(self._read_ahead, first, end, pm), urgent=False)
+
+    def _read_ahead(self, first: int, end: int, pm: PageManager | _Ahead) -> None:
+        with contextlib.suppress(StoreError, OutOfFrames, k42.Destroyed):  # whoever touches the pages will be told
+            self.prefetch(first, end, pm)
+
+    def hinted(self, page: int) -> None:
+        """Reads ahead; see `FileCacheManager.hinted`."""
+        for start, marker in list(self.root.markers.items()):
+            if start <= page < max(marker + 1, start + AROUND):
+                self.root.markers.pop(start, None)
+                self._look_ahead(self.root.read_ahead.touched(marker), _Ahead(self.root.global_pm))
+
+    def replaceable(self) -> bool:
+        """Whether its pages can be given back."""
+        return self.root.backing is Backing.FILE
+
+    def lasting(self) -> bool:
+        """Whether its store outlives it."""
+        return not self.root.anonymous
+
+    def dirty_pages(self) -> int:
+        """How many pages the store does not have."""
+        return self.root.cache.counts()["dirty"]
 
     def _fill(
-        self, first: int, count: int, pm: PageManager, done: Callable[[], None], failed: Callable[[Exception], None]
+        self,
+        first: int,
+        count: int,
+        pm: PageManager | _Ahead,
+        done: Callable[[], None],
+        failed: Callable[[Exception], None],
     ) -> None:
         """Fills a run that is marked as in I/O: frames first, then bytes; one of `done` and `failed` is called."""
         root = self.root
@@ -298,13 +404,13 @@ class SharedFCM(FileCacheManager):
 
     def _cluster(self, page: int, group: tuple[int, int]) -> tuple[int, int]:
         """What to read at once: the group, or more where reading single pages would cost more than reading on."""
-        cluster = 1 if self.root.random else self.root.cluster
+        cluster = 1 if self.root.read_ahead.advice is Trend.RANDOM else self.root.cluster
         if cluster <= group[1]:
             return group
         first = page - page % cluster
         return first, min(cluster, self.root.cache.pages() - first)
 
-    def prefetch(self, first: int, end: int, pm: PageManager) -> int:
+    def prefetch(self, first: int, end: int, pm: PageManager | _Ahead) -> int:
         """Brings pages in; see `FileCacheManager.prefetch`."""
         root = self.root
         cache = root.cache
@@ -313,18 +419,12 @@ class SharedFCM(FileCacheManager):
         for start, count in cache.absent_runs(first, end, room):
             while count:
                 begun, got = cache.begin_io(start, start, count)
-                if not got:
-                    got = 1  # somebody else brings it in, or has
-                else:
-                    self._fill(
-                        begun,
-                        got,
-                        pm,
-                        lambda b=begun, g=got: cache.complete_prefetch(b, g),
-                        failures.append,  # type: ignore[misc]
-                    )
+                if got:
+                    self._fill(begun, got, pm, functools.partial(cache.complete_prefetch, begun, got), failures.append)
                     if failures:
                         raise failures[0]
+                else:
+                    got = 1  # somebody else brings it in, or has
                 start, count = start + got, count - got
         return min(end, cache.pages()) - first - sum(count for _, count in cache.absent_runs(first, end, end - first))
 
@@ -465,7 +565,7 @@ class SharedFCM(FileCacheManager):
         match advice:
             case Advice.NORMAL | Advice.RANDOM | Advice.SEQUENTIAL:
                 root.sequential = advice is Advice.SEQUENTIAL
-                root.random = advice is Advice.RANDOM
+                root.read_ahead.advise(Trend(advice))
             case Advice.WILL_NEED:
                 self.prefetch(first, end, pm)
             case Advice.DONT_NEED:
@@ -479,6 +579,7 @@ class SharedFCM(FileCacheManager):
 
     def close(self) -> None:
         """Gives all frames back; see `FileCacheManager.close`."""
+        self.root.queue.close()
         self._discard(0, self.root.cache.pages())
         self.root.fr.close()
         k42.destroy(self.root.fr)
@@ -490,7 +591,9 @@ class SharedFCM(FileCacheManager):
             "name": self.root.fr.name(),
             "backing": self.root.backing.name.lower(),
             "pages": self.root.cache.pages(),
+            "policy": self.root.policy.name.lower(),
             "descriptors": descriptors,
             "table_bytes": table_bytes,
             **self.root.cache.counts(),
+            **{f"io_{name}": count for name, count in self.root.queue.counts().items() if name != "threads_started"},
         }

@@ -6,7 +6,6 @@ them; the rest go to Python worker threads, pinned to the same CPUs, which call 
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import errno
 import fcntl
@@ -14,10 +13,10 @@ import itertools
 import logging
 import os
 import resource
+import secrets
 import selectors
 import signal
 import socket
-import stat as stat_module
 import threading
 import time
 from dataclasses import dataclass, field
@@ -27,11 +26,16 @@ from typing import Any
 import k42
 from k42 import _native
 from k42.vm import protocol
+from k42.vm.caches import Cached, Caches
+from k42.vm.channels import MOST as MOST_CHANNELS
+from k42.vm.channels import Channel
 from k42.vm.errors import KernelUnavailable, OutOfFrames, ProtocolError, StoreError
 from k42.vm.fault import Fault
-from k42.vm.fcm import FileCacheManager, SharedFCM
-from k42.vm.fr import FileFR, FileRepresentative, ZeroFR
+from k42.vm.fcm import AROUND, FileCacheManager, Policy, SharedFCM
+from k42.vm.files import forget_credentials
+from k42.vm.fr import FileRepresentative
 from k42.vm.hat import Hat, UffdHat
+from k42.vm.pager import Pager
 from k42.vm.pm import Backing, GlobalPageManager, PageManager, ProcessPM
 from k42.vm.process import Process
 from k42.vm.protocol import MAX_GROUP, PAGE, Message
@@ -41,7 +45,6 @@ from k42.vm.variants import Variants
 log = logging.getLogger("k42.kernel")
 
 _WORKERS_PER_CPU = 2  # one may wait for frames that the other frees
-_UNUSED_FILES = 256  # file caches kept, without any mapping, for the next who opens the file
 _MAX_LISTED = 64  # file caches whose counts `stat` gives
 _MAX_NAME = 100  # characters, each up to 6 bytes in JSON
 _SPAN = 2 << 20  # bytes: what one page of a page table maps
@@ -50,26 +53,23 @@ _MAX_ANONYMOUS = 1 << 46  # bytes: what fits a user's address space
 
 
 @dataclass
-class _OpenFile:
-    """A file cache in the kernel's table of files."""
-
-    fcm: FileCacheManager
-    inode: tuple[int, int]  # device and number
-    version: tuple[int, int, int]  # size and times of the file when it was opened
-    users: int = 0  # regions that show it
-
-
-@dataclass
 class _Mapped:
     """A region of a client, and the windows that show it."""
 
     region: Region
-    fcm: FileCacheManager
+    cached: Cached
+    writer: bool  # it can write to the file
     start: int
     size: int
-    file: _OpenFile | None  # None: anonymous
-    reserved: int  # frames promised to it
     windows: dict[int, int] = field(default_factory=dict)  # base address to CPU index
+
+
+@dataclass
+class _Newcomer:
+    """A connection that has not said what it is."""
+
+    connection: socket.socket
+    pid: int
 
 
 @dataclass
@@ -79,14 +79,20 @@ class _Client:
     id: int
     connection: socket.socket
     pid: int
+    token: str  # by which channels prove that they are its own
     pm: PageManager
     process: Process
     hat: Hat
-    greeted: bool = False
     homing: bool = True
     sticky: bool = True
     cpus: set[int] = field(default_factory=set)  # indices of the CPUs whose userfaultfd it has handed over
     regions: dict[int, _Mapped] = field(default_factory=dict)
+    channels: set[Channel] = field(default_factory=set)
+
+    def cached(self, region: int) -> Cached | None:
+        """What the region at this address shows."""
+        mapped = self.regions.get(region)
+        return mapped.cached if mapped else None
 
 
 class Kernel:
@@ -99,6 +105,8 @@ class Kernel:
         variants: what to make its objects of.
         homing: move spans of a mapping to the CPUs of the threads that fault there.
         sticky: keep a thread on its CPU while it faults.
+        swap: write anonymous memory that was made with overcommit to a swap file when frames run out.
+        policy: which pages are given back first.
 
     Raises:
         KernelUnavailable: another kernel listens there already.
@@ -114,6 +122,8 @@ class Kernel:
         *,
         homing: bool = True,
         sticky: bool = True,
+        swap: bool = True,
+        policy: Policy = Policy.FIFO,
     ) -> None:
         if budget < PAGE:
             raise OutOfFrames(f"the budget must be at least one page of {PAGE} bytes, not {budget}")
@@ -127,8 +137,10 @@ class Kernel:
         # Twice what the budget fills: beyond it most page tables are of pages that have gone.
         self._most_spans = _FEW_SPANS + 2 * budget // _SPAN
         self._clients: dict[int, _Client] = {}  # by id; written by the main thread, read by workers
-        self._files: dict[tuple[int, int], _OpenFile] = {}
-        self._unused: collections.OrderedDict[tuple[int, int], None] = collections.OrderedDict()
+        self._hints = _native.HintQueue()
+        self._policy = policy
+        self._pager = Pager(self._global_pm, self._fcms)
+        self._caches = Caches(self._global_pm, self._make_fcm, self._pager.write_soon, swap=swap)
         self._ids = itertools.count(1)
         self._stopping = False
         self._idle_since = time.monotonic()
@@ -169,6 +181,9 @@ class Kernel:
     def run(self) -> None:
         """Serves until `stop`, or until no client has been there for `linger` seconds."""
         self._engine.start()
+        self._pager.start()
+        reader = threading.Thread(target=self._read_ahead, name="k42-read-ahead", daemon=True)
+        reader.start()
         workers = [
             threading.Thread(target=self._work, args=(index, cpu), name=f"k42-worker-{cpu}", daemon=True)
             for index, cpu in enumerate(self.cpus)
@@ -213,13 +228,25 @@ class Kernel:
         os.close(self._lock_file)  # freeing a large cache takes a while: the next kernel need not wait for it
         if self._clients:
             log.warning("ending while %d clients are connected: their mappings end in SIGBUS", len(self._clients))
+        # Nothing that clients have written is lost: they write no more once their pages are protected, and are not
+        # served again.
+        for client in self._clients.values():
+            for mapped in client.regions.values():
+                mapped.region.shutdown()
+        for fcm in self._fcms():
+            if fcm.lasting():
+                try:
+                    fcm.flush(0, fcm.native().pages())
+                except StoreError as error:
+                    log.error("what was written to %s is lost: %s", fcm.fr().name(), error)
         for client in list(self._clients.values()):
             self._disconnect(client)
         self._engine.stop()
         for worker in workers:
             worker.join()
-        for file in self._files.values():
-            file.fcm.close()
+        self._hints.close()
+        self._pager.stop()
+        self._caches.shut_down()
         self._selector.close()
         self._wake_read.close()
         self._wake_write.close()
@@ -246,6 +273,22 @@ class Kernel:
                 with contextlib.suppress(k42.Destroyed):
                     client.hat.fail(index, address, f"the kernel failed: {type(error).__name__}: {error}")
 
+    def _read_ahead(self) -> None:
+        while (hint := self._hints.next()) is not None:
+            number, page = hint
+            fcm = self._caches.numbered(number)
+            if fcm is None:
+                continue
+            try:
+                fcm.hinted(page)
+            except k42.Destroyed:
+                pass
+            except Exception:
+                log.exception("read-ahead")
+
+    def _fcms(self) -> list[FileCacheManager]:
+        return self._caches.fcms()
+
     # Connections.
 
     def _accept(self) -> None:
@@ -264,6 +307,11 @@ class Kernel:
                 protocol.send(connection, protocol.to_reply(error), flags=socket.MSG_DONTWAIT)
             connection.close()
             return
+        self._selector.register(connection, selectors.EVENT_READ, _Newcomer(connection, pid))
+
+    def _welcome(self, newcomer: _Newcomer) -> _Client | None:
+        """The objects of a new client; None, and the connection closed, where there is no room for it."""
+        connection, pid = newcomer.connection, newcomer.pid
         client_id = next(self._ids)
         pm: PageManager = ProcessPM.create(self._global_pm)
         process: Process = self._variants.process.create(pm)
@@ -271,17 +319,29 @@ class Kernel:
             hat = UffdHat.create(client_id, process.region_map(), len(self.cpus), self._most_spans)
         except OSError as failure:
             log.warning("no room for process %d: %s", pid, failure)
-            connection.close()
             pm.close()
             for object_ in (process, pm):
                 k42.destroy(object_)
-            return
+            return None
         process.attach_hat(hat)
-        client = _Client(client_id, connection, pid, pm, process, hat)
+        client = _Client(client_id, connection, pid, secrets.token_hex(16), pm, process, hat)
         self._clients[client_id] = client
-        self._selector.register(connection, selectors.EVENT_READ, client)
+        self._selector.modify(connection, selectors.EVENT_READ, client)
+        return client
 
-    def _serve(self, client: _Client) -> None:
+    def _become_channel(self, newcomer: _Newcomer, message: Message) -> None:
+        """Lets a thread of its own serve a connection that belongs to a client."""
+        client = self._clients.get(int(message["client"]))
+        if client is None or not secrets.compare_digest(client.token, str(message["token"])):
+            raise ProtocolError("a channel of no client")
+        if len(client.channels) >= MOST_CHANNELS:
+            raise KernelUnavailable(f"a client has {MOST_CHANNELS} channels at most: wait for one to end its request")
+        self._selector.unregister(newcomer.connection)
+        channel = Channel(newcomer.connection, client, self._caches, client.channels.discard)
+        client.channels.add(channel)
+        channel.start()
+
+    def _serve(self, client: _Client | _Newcomer) -> None:
         """One request of a client; whatever is wrong with it ends in a reply or in a disconnection."""
         message: Message = {}
         descriptors: list[int] = []
@@ -316,13 +376,20 @@ class Kernel:
         finally:
             protocol.close_all(sent)
 
-    def _answer(self, client: _Client, message: Message, descriptors: list[int]) -> tuple[Message, list[int]]:
+    def _answer(
+        self, client: _Client | _Newcomer, message: Message, descriptors: list[int]
+    ) -> tuple[Message, list[int]]:
         operation = message.get("op")
-        if operation == "hello":
+        if isinstance(client, _Newcomer):
+            if operation == "channel":
+                self._become_channel(client, message)
+                return {"ok": True}, []
+            if operation != "hello":
+                raise ProtocolError("hello comes first")
             return self._hello(client, message)
-        if not client.greeted:
-            raise ProtocolError("hello comes first")
         match operation:
+            case "hello":
+                return self._greeting(client)
             case "uffd":
                 return self._take_uffd(client, message, descriptors)
             case "map":
@@ -336,18 +403,30 @@ class Kernel:
             case _:
                 raise ProtocolError(f"unknown request {operation!r}")
 
-    def _hello(self, client: _Client, message: Message) -> tuple[Message, list[int]]:
+    def _hello(self, newcomer: _Newcomer, message: Message) -> tuple[Message, list[int]]:
         if message["version"] != protocol.VERSION:
             raise KernelUnavailable(
                 f"the kernel (process {os.getpid()}, k42 {k42.__version__}) speaks protocol {protocol.VERSION}, this "
                 f"client {message['version']}: end that kernel, or connect to another socket"
             )
-        client.greeted = True
-        client.homing = bool(message.get("homing", True))
-        client.sticky = bool(message.get("sticky", True))
+        homing, sticky = bool(message.get("homing", True)), bool(message.get("sticky", True))
+        client = self._welcome(newcomer)
+        if client is None:
+            raise EOFError
+        client.homing, client.sticky = homing, sticky
+        return self._greeting(client)
+
+    def _greeting(self, client: _Client) -> tuple[Message, list[int]]:
         native = client.hat.native()
         assert isinstance(native, _native.UffdHat)
-        reply = {"ok": True, "pid": os.getpid(), "cpus": self.cpus, "budget": self.budget}
+        reply = {
+            "ok": True,
+            "pid": os.getpid(),
+            "cpus": self.cpus,
+            "budget": self.budget,
+            "client": client.id,
+            "token": client.token,
+        }
         return reply, [os.dup(native.status_descriptor()), os.dup(native.commands_descriptor())]
 
     def _take_uffd(self, client: _Client, message: Message, descriptors: list[int]) -> tuple[Message, list[int]]:
@@ -384,34 +463,67 @@ class Kernel:
             raise ProtocolError("a mapping is whole pages")
         if not 1 <= group <= MAX_GROUP or group & (group - 1):
             raise ValueError(f"page_size must be a power of two from {PAGE} to {MAX_GROUP * PAGE} bytes")
-        file = None
-        if message["kind"] == "file":
-            [descriptor] = descriptors
-            # Twice, since one access may lie across two pages, and ends only when both are there.
-            self._global_pm.promise_file(min(2 * max(group, self._global_pm.cluster()), self._frames_for(group)))
-            file = self._open_file(descriptor, str(message["name"]), descriptors)
-            fcm, reserved = file.fcm, 0
-        else:
-            fcm, reserved = self._make_anonymous(size, group, overcommit=bool(message["overcommit"]))
+        around = int(message.get("around", AROUND))
+        if not 1 <= around <= MAX_GROUP or around & (around - 1):
+            raise ValueError(f"fault_around must be a power of two from {PAGE} to {MAX_GROUP * PAGE} bytes")
+        cached, writer = self._find(client, message, descriptors, group)
+        fcm = cached.fcm
+        # Of memory that is never written back nobody needs to know whether it was written to.
+        tracked = writer or (cached.key is None and fcm.replaceable())
         try:
-            region = self._variants.region.create(fcm, client.hat, base, size // PAGE, first, group)
+            region = self._variants.region.create(fcm, client.hat, base, size // PAGE, first, group, around, tracked)
         except BaseException:
-            self._let_go(fcm, file, reserved)
+            self._caches.let_go(cached, writer=writer)
             raise
-        mapped = _Mapped(region, fcm, base, size, file, reserved)
+        mapped = _Mapped(region, cached, writer, base, size)
         try:
             if not client.process.attach_region(base, region):
                 self._forget(client, base, size)
                 if not client.process.attach_region(base, region):
                     raise ProtocolError("the addresses overlap another mapping")
-            self._add_window(client, mapped, index, base, follows=True)
+            # Private copies are in the window alone: it is never mapped anew.
+            self._add_window(client, mapped, index, base, follows=message.get("mode") != "c")
             fcm.native().attach(region.native())
-            sent = self._descriptor(fcm, writable=file is None)
+            sent = self._descriptor(fcm, writable=writer or cached.key is None)
         except BaseException:
             self._destroy(client, mapped)
             raise
         client.regions[base] = mapped
         return {"ok": True, "region": base}, [sent]
+
+    def _find(self, client: _Client, message: Message, descriptors: list[int], group: int) -> tuple[Cached, bool]:
+        """What a request asks to map, with one user more, and whether it may write to a file through it."""
+        mode = str(message.get("mode", "r"))
+        if mode not in ("r", "r+", "c"):
+            raise ProtocolError(f"no mode {mode!r}")
+        writer = mode == "r+"
+        match message["kind"]:
+            case "anonymous":
+                self._frames_for(group)
+                size = int(message["size"])
+                if size > _MAX_ANONYMOUS:
+                    raise ValueError(f"anonymous memory of {size} bytes does not fit an address space")
+                return self._caches.anonymous(size, overcommit=bool(message["overcommit"])), False
+            case "file":
+                [descriptor] = descriptors
+                self._make_room(group)
+                cached, taken = self._caches.file(descriptor, str(message["name"]), writer=writer)
+                if taken:
+                    descriptors.clear()
+                return cached, writer
+            case "url":
+                self._make_room(group)
+                options = message["options"]
+                if not isinstance(options, dict):
+                    raise ProtocolError("options are a dictionary")
+                return self._caches.opened_url(str(message["url"]), options, writer=writer), writer
+            case kind:
+                raise ProtocolError(f"no kind {kind!r}")
+
+    def _make_room(self, group: int) -> None:
+        # Twice, since one access may lie across two pages, and ends only when both are there.
+        frames = min(2 * max(group, self._global_pm.cluster()), self._frames_for(group))
+        self._global_pm.promise_file(frames)
 
     def _frames_for(self, group: int) -> int:
         """The budget in frames, if at least two pages of this size fit; of 4 KiB one is enough."""
@@ -423,89 +535,14 @@ class Kernel:
             )
         return frames
 
-    def _make_anonymous(self, size: int, group: int, *, overcommit: bool) -> tuple[FileCacheManager, int]:
-        """A file cache of zeros, and the frames promised to it."""
-        if size > _MAX_ANONYMOUS:
-            raise ValueError(f"anonymous memory of {size} bytes does not fit an address space")
-        reserved = 0
-        if not overcommit:
-            self._global_pm.reserve(size // PAGE)
-            reserved = size // PAGE
-        else:
-            self._frames_for(group)
-        try:
-            return self._make_fcm(
-                ZeroFR.create(size), Backing.OVERCOMMITTED if overcommit else Backing.RESERVED
-            ), reserved
-        except BaseException:
-            self._global_pm.unreserve(reserved)
-            raise
-
-    def _make_fcm(self, fr: FileRepresentative, backing: Backing) -> FileCacheManager:
-        try:
-            return SharedFCM.create(self._global_pm, fr, backing, len(self.cpus))
-        except Exception as error:
-            fr.close()
-            k42.destroy(fr)
-            if isinstance(error, OSError):
-                raise OutOfFrames(f"no memory for a file cache: {error.strerror}") from error
-            raise  # such as a name that cannot be encoded
+    def _make_fcm(self, fr: FileRepresentative, backing: Backing, number: int) -> FileCacheManager:
+        return SharedFCM.create(self._global_pm, fr, backing, len(self.cpus), self._policy, self._hints, number)
 
     def _descriptor(self, fcm: FileCacheManager, *, writable: bool) -> int:
         """The memfd for a client: readers get one that Linux itself lets nobody write through."""
-        flags = os.O_RDWR if writable else os.O_RDONLY
-        return os.open(f"/proc/self/fd/{fcm.memfd()}", flags | os.O_CLOEXEC)
-
-    def _open_file(self, descriptor: int, name: str, descriptors: list[int]) -> _OpenFile:
-        """The file cache of this file, the same for all who open it; takes the descriptor over when it is new."""
-        status = os.fstat(descriptor)
-        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-        if not stat_module.S_ISREG(status.st_mode) or flags & os.O_ACCMODE == os.O_WRONLY or flags & os.O_PATH:
-            raise ProtocolError("a file mapping needs a regular file, open for reading")
-        if status.st_size == 0:
-            raise ValueError("cannot map an empty file")
-        inode = (status.st_dev, status.st_ino)
-        version = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        file = self._files.get(inode)
-        if file is not None and file.version != version:
-            # It changed since: nobody new sees the old pages; those who map them keep them.
-            del self._files[inode]
-            self._unused.pop(inode, None)
-            if file.users == 0:
-                self._close_file(file)
-            file = None
-        if file is None:
-            fr: FileRepresentative = FileFR.create(descriptor, name.replace("\0", "?"))
-            descriptors.clear()  # the FR's now
-            fcm = self._make_fcm(fr, Backing.FILE)
-            self._global_pm.attach_fcm(fcm)
-            file = self._files[inode] = _OpenFile(fcm, inode, version)
-        file.users += 1
-        self._unused.pop(inode, None)
-        return file
-
-    def _let_go(self, fcm: FileCacheManager, file: _OpenFile | None, reserved: int) -> None:
-        """One region less shows this file cache."""
-        if file is None:
-            fcm.close()
-            k42.destroy(fcm)
-            self._global_pm.unreserve(reserved)
-            return
-        file.users -= 1
-        if file.users:
-            return
-        if self._files.get(file.inode) is not file:
-            self._close_file(file)  # of a former version of the file
-            return
-        self._unused[file.inode] = None
-        if len(self._unused) > _UNUSED_FILES:
-            oldest, _ = self._unused.popitem(last=False)
-            self._close_file(self._files.pop(oldest))
-
-    def _close_file(self, file: _OpenFile) -> None:
-        self._global_pm.detach_fcm(file.fcm)
-        file.fcm.close()
-        k42.destroy(file.fcm)
+        if writable:
+            return os.dup(fcm.memfd())
+        return os.open(f"/proc/self/fd/{fcm.memfd()}", os.O_RDONLY | os.O_CLOEXEC)
 
     def _window(self, client: _Client, message: Message) -> tuple[Message, list[int]]:
         index = self._cpu(message)
@@ -563,14 +600,18 @@ class Kernel:
             client.hat.remove_window(base, mapped.size)
         client.process.detach_region(mapped.start)
         self._engine.synchronize()
-        mapped.fcm.native().detach(mapped.region.native())
-        self._let_go(mapped.fcm, mapped.file, mapped.reserved)
+        mapped.cached.fcm.native().detach(mapped.region.native())
+        self._caches.let_go(mapped.cached, writer=mapped.writer)
         k42.destroy(mapped.region)
 
-    def _disconnect(self, client: _Client) -> None:
+    def _disconnect(self, client: _Client | _Newcomer) -> None:
         """A client is gone, by its will or not: frees all that it had."""
         self._selector.unregister(client.connection)
         client.connection.close()
+        if isinstance(client, _Newcomer):
+            return
+        for channel in list(client.channels):
+            channel.close()
         del self._clients[client.id]
         native = client.hat.native()
         self._engine.remove(native)
@@ -585,15 +626,14 @@ class Kernel:
 
     def stat(self) -> dict[str, Any]:
         """Counts of everything: budget, frames by kind, faults, clients, file caches."""
-        fcms = {mapped.fcm: None for client in self._clients.values() for mapped in client.regions.values()}
-        fcms.update({file.fcm: None for file in self._files.values()})
+        fcms = self._fcms()
         return {
             "pid": os.getpid(),
             "version": k42.__version__,
             "budget": self.budget,
             "frames": self._global_pm.usage(),
             "engine": self._engine.counts(),
-            "clients": [{"pid": c.pid, "regions": len(c.regions)} for c in self._clients.values() if c.greeted],
+            "clients": [{"pid": c.pid, "regions": len(c.regions)} for c in self._clients.values()],
             "files": [_short(fcm.stat()) for fcm in itertools.islice(fcms, _MAX_LISTED)],
         }
 
@@ -620,6 +660,8 @@ def serve(
     objects: str = "distributed",
     homing: bool = True,
     sticky: bool = True,
+    swap: bool = True,
+    policy: str = "fifo",
 ) -> None:
     """Runs a kernel in this process until SIGINT, SIGTERM, or the end of `linger`.
 
@@ -631,13 +673,17 @@ def serve(
         objects: what to make its objects of; see `Variants.named`.
         homing: move spans of 2 MiB of a mapping to the CPUs of the threads that fault there.
         sticky: keep a thread on its CPU while it faults.
+        swap: write anonymous memory that was made with overcommit to a swap file when frames run out.
+        policy: which pages are given back first: ``fifo``, ``clock`` or ``s3fifo``.
 
     Raises:
-        ValueError: there are no such objects.
+        ValueError: there are no such objects, or no such policy.
         KernelUnavailable: another kernel listens there already.
         OutOfFrames: the budget is below one page.
     """
     variants = Variants.named(objects)
+    chosen = Policy.named(policy)
+    forget_credentials()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two descriptors a file, one a client and CPU
@@ -649,7 +695,7 @@ def serve(
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
     try:
         budget = default_budget() if budget is None else budget
-        kernel = Kernel(path, budget, linger, variants, homing=homing, sticky=sticky)
+        kernel = Kernel(path, budget, linger, variants, homing=homing, sticky=sticky, swap=swap, policy=chosen)
 
         def on_signal(number: int, _: object) -> None:
             log.info("%s: ending", signal.Signals(number).name)

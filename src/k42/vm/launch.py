@@ -71,6 +71,8 @@ def launch(
     objects: str | None = None,
     homing: bool = True,
     sticky: bool = True,
+    swap: bool = True,
+    policy: str | None = None,
 ) -> KernelProcess:
     """Starts ``k42 serve`` and returns when it answers.
 
@@ -82,6 +84,8 @@ def launch(
         objects: what to make its objects of, as ``k42 serve --objects`` has it; None: its default.
         homing: move spans of a mapping to the CPUs of the threads that fault there.
         sticky: keep a thread on its CPU while it faults.
+        swap: write anonymous memory that was made with overcommit to a swap file when frames run out.
+        policy: which pages are given back first, as ``k42 serve --policy`` has it; None: its default.
 
     Raises:
         KernelUnavailable: it ended at once, or does not answer; the message says where its log is.
@@ -101,6 +105,10 @@ def launch(
         command += ["--no-homing"]
     if not sticky:
         command += ["--no-sticky"]
+    if not swap:
+        command += ["--no-swap"]
+    if policy is not None:
+        command += ["--policy", policy]
     with open(log, "ab", opener=_private) as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0, close_fds=True

@@ -22,10 +22,10 @@ How are they organised?
 
 from __future__ import annotations
 
-        around: of so many pages of 4 KiB around a fault, those that are resident are mapped with it.
-        tracked: its windows share the frames and can be written to: writes to clean pages are faults.
-
-    Without arguments they come with the state of another implementation.
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, ClassVar
 
 import k42
 from k42 import _native
@@ -63,6 +63,18 @@ class _State:
         pages: length, in pages of 4 KiB.
         first_page: the file's page at `start`.
         group: the region's page size, in pages of 4 KiB.
+        around: of so many pages of 4 KiB around a fault, those that are resident are mapped with it.
+        tracked: its windows share the frames and can be written to: writes to clean pages are faults.
+
+    Without arguments they come with the state of another implementation.
+    """
+
+    distributed: ClassVar[bool]
+    fcm: FileCacheManager
+    tracked: bool
+    region: _native.Region
+    range: tuple[int, int]
+
     def __init__(
         self,
         fcm: FileCacheManager | None = None,
@@ -81,49 +93,6 @@ class _State:
         self.region = _native.Region(fcm.native(), hat.native(), start, pages, first_page, group, around, tracked)
         self.region.distribute(self.distributed)
         self.range = (first_page, first_page + pages)
-    """
-
-    distributed: ClassVar[bool]
-    fcm: FileCacheManager
-    tracked: bool
-    region: _native.Region
-    range: tuple[int, int]
-
-<<<<<<< HEAD
-    def __init__(
-        self,
-        fcm: FileCacheManager | None = None,
-        hat: Hat | None = None,
-        start: int = 0,
-        pages: int = 0,
-        first_page: int = 0,
-        group: int = 1,
-    ) -> None:
-        if fcm is None or hat is None:
-            return
-        self.fcm = fcm
-        self.region = _native.Region(fcm.native(), hat.native(), start, pages, first_page, group)
-        self.region.distribute(self.distributed)
-        self.range = (first_page, first_page + pages)
-=======
-        def __init__(
-            self,
-            fcm: FileCacheManager,
-            hat: Hat,
-            start: int,
-            pages: int,
-            first_page: int,
-            group: int,
-            around: int = 1,
-            tracked: bool = False,
-        ) -> None:
-            self.fcm = fcm
-            self.tracked = tracked
-            self.region = _native.Region(
-                fcm.native(), hat.native(), start, pages, first_page, group, around, tracked
-            )
-            self.range = (first_page, first_page + pages)
->>>>>>> main
 
     def export_state(self, form: str) -> _State:
         """Return the whole: what it refers to goes on."""

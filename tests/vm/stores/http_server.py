@@ -16,6 +16,7 @@ Answer = Callable[["Handler", int, int], bool]
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Server
+    content: bytes
 
     def do_GET(self) -> None:
         server = self.server
@@ -27,6 +28,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if asked is None:
+            self.content = content
             self.give(200, content, None)
             return
         first, last = int(asked[1]), int(asked[2])
@@ -34,9 +36,11 @@ class Handler(BaseHTTPRequestHandler):
         if (first, last) != (0, 0) or server.also_at_open:
             with server.lock:
                 trick = server.tricks.pop(0) if server.tricks else server.always
+            self.content = content
             if trick is not None and trick(self, first, last):
                 return
             content = server.files[self.path]
+        self.content = content  # of one version from here on: the server that changes does not lie
         demanded = self.headers.get("If-Match")
         if demanded is not None and server.conditional and demanded != self.etag(content):
             self.plain(412)
@@ -61,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
     def give(self, status: int, body: bytes, range_: str | None, length: int | None = None, **more: str) -> None:
         """An answer; `length`: what it says that the body has."""
         self.send_response(status)
-        for name, value in (self.headers_of(self.server.files[self.path]) | more).items():
+        for name, value in (self.headers_of(self.content) | more).items():
             self.send_header(name.replace("_", "-"), value)
         if range_ is not None:
             self.send_header("Content-Range", range_)
@@ -128,7 +132,7 @@ def hang_up(handler: Handler, first: int, last: int) -> bool:
 
 
 def truncated(handler: Handler, first: int, last: int) -> bool:
-    content = handler.server.files[handler.path]
+    content = handler.content
     body = content[first : last + 1]
     handler.give(206, body[: len(body) // 2], f"bytes {first}-{last}/{len(content)}", len(body))
     return True
@@ -141,7 +145,7 @@ def hanging(handler: Handler, first: int, last: int) -> bool:
 
 
 def slow(handler: Handler, first: int, last: int) -> bool:
-    content = handler.server.files[handler.path]
+    content = handler.content
     body = content[first : last + 1]
     handler.send_response(206)
     for name, value in handler.headers_of(content).items():
@@ -156,19 +160,19 @@ def slow(handler: Handler, first: int, last: int) -> bool:
 
 
 def short_but_says_so(handler: Handler, first: int, last: int) -> bool:
-    content = handler.server.files[handler.path]
+    content = handler.content
     handler.give(206, content[first:last], f"bytes {first}-{last}/{len(content)}")
     return True
 
 
 def too_long(handler: Handler, first: int, last: int) -> bool:
-    content = handler.server.files[handler.path]
+    content = handler.content
     handler.give(206, content[first : last + 1] + b"more", f"bytes {first}-{last}/{len(content)}")
     return True
 
 
 def too_long_without_length(handler: Handler, first: int, last: int) -> bool:
-    content = handler.server.files[handler.path]
+    content = handler.content
     handler.send_response(206)
     handler.send_header("ETag", handler.etag(content))
     handler.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
@@ -181,44 +185,44 @@ def too_long_without_length(handler: Handler, first: int, last: int) -> bool:
 
 
 def another_range(handler: Handler, first: int, last: int) -> bool:
-    content = handler.server.files[handler.path]
+    content = handler.content
     body = content[first + 1 : last + 2]
     handler.give(206, body, f"bytes {first + 1}-{last + 1}/{len(content)}")
     return True
 
 
 def shorter_range(handler: Handler, first: int, last: int) -> bool:
-    content = handler.server.files[handler.path]
+    content = handler.content
     handler.give(206, content[first : last - 9], f"bytes {first}-{last - 10}/{len(content)}")
     return True
 
 
 def no_range(handler: Handler, first: int, last: int) -> bool:
-    content = handler.server.files[handler.path]
+    content = handler.content
     handler.give(206, content[first : last + 1], None)
     return True
 
 
 def unknown_total(handler: Handler, first: int, last: int) -> bool:
-    content = handler.server.files[handler.path]
+    content = handler.content
     handler.give(206, content[first : last + 1], f"bytes {first}-{last}/*")
     return True
 
 
 def everything(handler: Handler, first: int, last: int) -> bool:
-    handler.give(200, handler.server.files[handler.path], None)
+    handler.give(200, handler.content, None)
     return True
 
 
 def the_part_as_everything(handler: Handler, first: int, last: int) -> bool:
-    handler.give(200, handler.server.files[handler.path][first : last + 1], None)
+    handler.give(200, handler.content[first : last + 1], None)
     return True
 
 
 def encoded(handler: Handler, first: int, last: int) -> bool:
     import gzip
 
-    content = handler.server.files[handler.path]
+    content = handler.content
     body = gzip.compress(content[first : last + 1])
     handler.give(206, body, f"bytes {first}-{last}/{len(content)}", Content_Encoding="gzip")
     return True

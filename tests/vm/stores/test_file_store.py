@@ -8,7 +8,7 @@ import resource
 import threading
 
 import pytest
-from stores_support import PAGE, padded, words
+from stores_support import PAGE, Frames, padded, words
 
 import k42
 from k42 import vm
@@ -212,6 +212,39 @@ def test_what_is_read_at_once_was_there_at_once(opened, frames):
     finally:
         stop.set()
         writer.join()
+
+
+def test_our_own_writes_are_no_changes(opened, frames):
+    """Threads write pages back, each its own, while others are filled: nothing fails, and no version is lost."""
+    path, fr = opened(words(40 * PAGE), os.O_RDWR)
+    stop = threading.Event()
+    failures = []
+
+    def write(me):
+        memory = Frames(40)
+        seed = 0
+        while not stop.is_set():
+            seed += 1
+            memory.put(words(40 * PAGE, seed))
+            fr.write_back(memory.memfd, me * 10, 10)
+        memory.close()
+
+    writers = [threading.Thread(target=write, args=(me,)) for me in range(2)]
+    for writer in writers:
+        writer.start()
+    memory = frames(40)
+    try:
+        for n in range(300):
+            if memory.filled(fr, 20 + n % 20, 1) != words(40 * PAGE)[(20 + n % 20) * PAGE : (21 + n % 20) * PAGE]:
+                failures.append(n)
+            if fr.changed():
+                failures.append("changed")
+    finally:
+        stop.set()
+        for writer in writers:
+            writer.join()
+    assert not failures
+    assert path.stat().st_size == 40 * PAGE
 
 
 def test_linux_refuses(opened, frames):

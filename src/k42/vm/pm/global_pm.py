@@ -118,6 +118,14 @@ class GlobalPageManager(k42.Object):
         """Whether all frames, promises and accounts add up, at one moment; true at any time."""
         raise NotImplementedError
 
+    def lacking(self) -> int:
+        """How many frames are missing to enough free ones; 0: it is not LOW."""
+        raise NotImplementedError
+
+    def reclaim(self, frames: int) -> int:
+        """Asks FCMs in turn for so many frames; how many they gave back. May wait for stores."""
+        raise NotImplementedError
+
     def cluster(self) -> int:
         """How many pages to read at once from a file."""
         raise NotImplementedError
@@ -224,13 +232,19 @@ class _GlobalPM(GlobalPageManager):
                     f"the kernel's budget ({self._text(self.root.budget)}) has no frame left for this page: "
                     "give it more with `k42 serve --budget`, or use less memory made with overcommit=True"
                 )
-            if not self._reclaim(frames):
+            # Some more than is wanted, so as not to come again at once; but not all of what files have: an access that
+            # lies across two pages needs the one that came last.
+            wanted = max(frames, min(self.root.budget // 16, self.usage()["file"] // 4, 512))
+            if not self.reclaim(wanted):
                 pool.wait(changes, 100)
 
-    def _reclaim(self, frames: int) -> int:
-        """Asks the FCMs in turn for at least `frames`, and for some more so as not to come again at once."""
-        # Not all of what files have: an access that lies across two pages needs the one that came last.
-        wanted = max(frames, min(self.root.budget // 16, self.usage()["file"] // 4, 512))
+    def lacking(self) -> int:
+        """How many frames are missing; see `GlobalPageManager.lacking`."""
+        pool = self.root.pool
+        return max(1, pool.enough() - pool.free()) if pool.level() <= Level.LOW else 0
+
+    def reclaim(self, wanted: int) -> int:
+        """Asks FCMs in turn; see `GlobalPageManager.reclaim`."""
         given = 0
         for ring in self._rings():
             for fcm in ring.now():

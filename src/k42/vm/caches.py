@@ -1,0 +1,331 @@
+"""The kernel's table of file caches: which file, URL or piece of anonymous memory has which FCM, and who uses it.
+
+All who open the same content go through the same FCM. One that nobody uses is kept for the next, up to a number.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import itertools
+import json
+import logging
+import os
+import stat as stat_module
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import k42
+from k42.vm.errors import OutOfFrames, ProtocolError, StoreError, Unsupported
+from k42.vm.fcm import FileCacheManager
+from k42.vm.fr import FileFR, FileRepresentative, SwapFR, ZeroFR
+from k42.vm.pm import Backing, GlobalPageManager
+from k42.vm.protocol import PAGE
+
+log = logging.getLogger("k42.kernel")
+
+_UNUSED = 256  # file caches kept, without any mapping, for the next who opens the file
+_CLOSERS = 2  # threads that close what nobody uses any more: a store may take long
+
+Make = Callable[[FileRepresentative, Backing, int], FileCacheManager]
+
+
+@dataclass(eq=False)
+class Cached:
+    """A file cache in the table.
+
+    Attributes:
+        fcm: it.
+        key: by which it is found; None: anonymous memory, which is found by nobody.
+        reserved: frames promised to it.
+        users: regions that show it, and requests that work on it.
+        writers: regions of those through which its file is written.
+    """
+
+    fcm: FileCacheManager
+    key: Hashable | None
+    reserved: int = 0
+    users: int = 0
+    writers: int = 0
+
+
+class Caches:
+    """The table.
+
+    Args:
+        global_pm: the frames.
+        make: makes an FCM of a store, with a number of its own.
+        wrote: called when the last writer of a cache has gone.
+        swap: whether anonymous memory made with overcommit may be written to a swap file.
+    """
+
+    def __init__(
+        self, global_pm: GlobalPageManager, make: Make, wrote: Callable[[FileCacheManager], None], *, swap: bool
+    ) -> None:
+        self._global_pm = global_pm
+        self._make = make
+        self._wrote = wrote
+        self._swap = swap
+        # Protects the table, and the counts of users; before all locks but those of clients. No store is asked with it
+        # but a local file.
+        self._lock = threading.Lock()
+        self._all: dict[Cached, None] = {}
+        self._numbers = itertools.count(1)
+        self._by_number: dict[int, FileCacheManager] = {}
+        self._by_key: dict[Hashable, Cached] = {}
+        self._unused: collections.OrderedDict[Cached, None] = collections.OrderedDict()
+        self._opening: dict[Hashable, threading.Lock] = {}  # of URLs that are being opened; one opens, others wait
+        self._closers = ThreadPoolExecutor(_CLOSERS, "k42-close")
+
+    # What can be mapped. Each returns a cache with one user more, to be given to `let_go`.
+
+    def file(self, descriptor: int, name: str, *, writer: bool) -> tuple[Cached, bool]:
+        """The cache of a local file, and whether its FR took the descriptor over.
+
+        Raises:
+            ProtocolError: not a regular file, or not open as it must be.
+            ValueError: an empty file.
+        """
+        status = os.fstat(descriptor)
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        mode = flags & os.O_ACCMODE
+        if not stat_module.S_ISREG(status.st_mode) or mode == os.O_WRONLY or flags & os.O_PATH:
+            raise ProtocolError("a file mapping needs a regular file, open for reading")
+        if writer and mode != os.O_RDWR:
+            raise ProtocolError("a writable file mapping needs a file that is open for reading and writing")
+        if status.st_size == 0:
+            raise ValueError("cannot map an empty file")
+        key = ("file", status.st_dev, status.st_ino)
+        with self._lock:
+            found = self._by_key.get(key)
+            taken = False
+            if found is not None and self._is_stale(found):
+                found = None
+            if found is None:
+                fr = FileFR.create(descriptor, name.replace("\0", "?"))
+                taken = True
+                found = self._add(key, self._make_or_close(fr, Backing.FILE), 0)
+            elif writer and not found.fcm.fr().writable():
+                local = k42.local(found.fcm.fr())
+                assert isinstance(local, FileFR)
+                local.make_writable(descriptor)
+                taken = True
+            self._use(found, writer=writer)
+            return found, taken
+
+    def url(self, url: str, mode: str, options: Mapping[str, Any], opener: Callable[[], FileRepresentative]) -> Cached:
+        """The cache of a URL; may take as long as its store does.
+
+        Raises:
+            StoreError, Unsupported, ValueError: as `opener` raises them.
+        """
+        key = self.url_key(url, options)
+        with self._lock:
+            turn = self._opening.setdefault(key, threading.Lock())
+        with turn:
+            with self._lock:
+                found = self._by_key.get(key)
+                if found is not None:
+                    self._use(found, writer=False)
+            if found is not None:
+                try:
+                    if not found.fcm.fr().changed() and (mode != "r+" or found.fcm.fr().writable()):
+                        return found
+                except BaseException:
+                    self.let_go(found)
+                    raise
+                self._retire(found)
+                self.let_go(found)
+            fr = opener()
+            with self._lock:
+                found = self._add(key, self._make_or_close(fr, Backing.FILE), 0)
+                self._use(found, writer=False)
+                self._opening.pop(key, None)
+            return found
+
+    @staticmethod
+    def url_key(url: str, options: Mapping[str, Any]) -> Hashable:
+        """Who asks with other options may see other content."""
+        return ("url", url, json.dumps(options, sort_keys=True))
+
+    def opened_url(self, url: str, options: Mapping[str, Any], *, writer: bool) -> Cached:
+        """The cache of a URL that was opened a moment ago.
+
+        Raises:
+            StoreError: it is not there any more: open it again.
+            Unsupported: it cannot be written.
+        """
+        with self._lock:
+            found = self._by_key.get(self.url_key(url, options))
+            if found is None:
+                raise StoreError("it was closed meanwhile, for want of room: open it again", url=url)
+            if writer and not found.fcm.fr().writable():
+                raise Unsupported(f"{url} is read-only: open it with mode 'r', or 'c' for changes of your own")
+            self._use(found, writer=writer)
+            return found
+
+    def anonymous(self, size: int, *, overcommit: bool) -> Cached:
+        """New anonymous memory of `size` bytes, whole pages.
+
+        Raises:
+            OutOfFrames: it does not fit the budget.
+        """
+        reserved = 0 if overcommit else size // PAGE
+        if reserved:
+            self._global_pm.reserve(reserved)
+        try:
+            fr: FileRepresentative
+            if overcommit and self._swap:
+                # Room for two pages, since one access may lie across both.
+                self._global_pm.promise_file(min(2, self._global_pm.usage()["budget"]))
+                fr, backing = SwapFR.create(size), Backing.FILE
+            else:
+                fr, backing = ZeroFR.create(size), Backing.OVERCOMMITTED if overcommit else Backing.RESERVED
+            fcm = self._make_or_close(fr, backing)
+        except BaseException:
+            if reserved:
+                self._global_pm.unreserve(reserved)
+            raise
+        with self._lock:
+            made = self._add(None, fcm, reserved)
+            self._use(made, writer=False)
+            return made
+
+    # Their use.
+
+    def hold(self, cached: Cached) -> bool:
+        """One user more, if it has some; to be given to `let_go`."""
+        with self._lock:
+            if cached.users == 0:
+                return False
+            cached.users += 1
+            return True
+
+    def let_go(self, cached: Cached, *, writer: bool = False) -> None:
+        """One user less. Anonymous memory goes with the last; a file stays for the next, if it is one of few."""
+        closing: list[Cached] = []
+        with self._lock:
+            cached.users -= 1
+            cached.writers -= writer
+            if writer and cached.writers == 0:
+                self._wrote(cached.fcm)
+            if cached.users:
+                return
+            if cached.key is None or self._by_key.get(cached.key) is not cached:
+                closing.append(cached)  # nobody finds it any more
+            else:
+                self._unused[cached] = None
+                if len(self._unused) > _UNUSED:
+                    oldest, _ = self._unused.popitem(last=False)
+                    del self._by_key[oldest.key]
+                    closing.append(oldest)
+        for each in closing:
+            if each.key is None:
+                self._close(each)  # its memory is to be there for the next at once
+            else:
+                self._closers.submit(self._close, each)
+
+    def fcms(self) -> list[FileCacheManager]:
+        """All of them."""
+        with self._lock:
+            return [cached.fcm for cached in self._all]
+
+    def numbered(self, number: int) -> FileCacheManager | None:
+        """The one that was made with this number; None: it has gone."""
+        return self._by_number.get(number)
+
+    def shut_down(self) -> None:
+        """Writes back what is dirty, and closes all; nobody faults any more."""
+        self._closers.shutdown()
+        with self._lock:
+            left = list(self._all)
+        for cached in left:
+            with contextlib.suppress(k42.Destroyed):
+                self._close(cached)
+
+    # With the lock.
+
+    def _add(self, key: Hashable | None, fcm: FileCacheManager, reserved: int) -> Cached:
+        cached = Cached(fcm, key, reserved)
+        self._all[cached] = None
+        if key is not None:
+            self._by_key[key] = cached
+        if fcm.replaceable():
+            self._global_pm.attach_fcm(fcm)
+        return cached
+
+    def _use(self, cached: Cached, *, writer: bool) -> None:
+        cached.users += 1
+        cached.writers += writer
+        self._unused.pop(cached, None)
+
+    def _is_stale(self, cached: Cached) -> bool:
+        """Whether others changed the file: nobody new sees the old pages, those who map them keep them."""
+        if not cached.fcm.fr().changed():
+            return False
+        # What was written through mappings is newer than what others wrote before it goes to the file.
+        with contextlib.suppress(StoreError):
+            cached.fcm.flush(0, 1 << 40)
+        del self._by_key[cached.key]
+        if self._unused.pop(cached, cached) is None:
+            self._closers.submit(self._close, cached)
+        return True
+
+    # Without it.
+
+    def _retire(self, cached: Cached) -> None:
+        """Nobody finds it any more."""
+        with self._lock:
+            if self._by_key.get(cached.key) is cached:
+                del self._by_key[cached.key]
+            self._unused.pop(cached, None)
+
+    def _make_or_close(self, fr: FileRepresentative, backing: Backing) -> FileCacheManager:
+        number = next(self._numbers)
+        try:
+            fcm = self._make(fr, backing, number)
+            self._by_number[number] = fcm
+            return fcm
+        except Exception as error:
+            fr.close()
+            k42.destroy(fr)
+            if isinstance(error, OSError) and not isinstance(error, k42.Error):
+                raise OutOfFrames(f"no memory for a file cache: {error.strerror}") from error
+            raise  # such as a name that cannot be encoded
+
+    def _close(self, cached: Cached) -> None:
+        fcm = cached.fcm
+        if cached.key is not None:
+            try:
+                fcm.flush(0, 1 << 40)
+            except StoreError as error:
+                log.error("what was written to %s is lost: %s", fcm.fr().name(), error)
+        if fcm.replaceable():
+            self._global_pm.detach_fcm(fcm)
+        fcm.close()
+        with self._lock:
+            self._all.pop(cached, None)
+            for number in [number for number, other in self._by_number.items() if other is fcm]:
+                del self._by_number[number]
+        k42.destroy(fcm)
+        if cached.reserved:
+            self._global_pm.unreserve(cached.reserved)
+
+
+@contextlib.contextmanager
+def in_use(caches: Caches, cached: Cached | None) -> Iterator[FileCacheManager]:
+    """The FCM, for the time of a request.
+
+    Raises:
+        ProtocolError: nobody maps it any more.
+    """
+    if cached is None or not caches.hold(cached):
+        raise ProtocolError("no such region")
+    try:
+        yield cached.fcm
+    finally:
+        caches.let_go(cached)

@@ -1,0 +1,173 @@
+"""The kernel's side of channels: requests of clients that may take long, each served in a thread of its connection.
+
+A channel is a second connection of a client: what it waits for holds up nobody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import k42
+from k42.vm import protocol
+from k42.vm.caches import Cached, Caches, in_use
+from k42.vm.errors import ProtocolError, StoreError
+from k42.vm.fcm import Advice, FileCacheManager
+from k42.vm.files import open_store
+from k42.vm.pm import PageManager
+from k42.vm.protocol import PAGE, Message
+
+log = logging.getLogger("k42.kernel")
+
+MOST = 16  # channels a client
+_MOST_OPTIONS = 16384  # characters of the options of a URL
+
+
+class Client(Protocol):
+    """What a channel has to know of its client."""
+
+    pm: PageManager
+
+    def cached(self, region: int) -> Cached | None:
+        """What the region at this address shows."""
+
+
+class Channel(threading.Thread):
+    """Serves one channel until either side closes it.
+
+    Args:
+        connection: after the request that made it a channel; taken over.
+        client: whose it is.
+        caches: the kernel's.
+        ended: called at its end.
+    """
+
+    def __init__(
+        self, connection: socket.socket, client: Client, caches: Caches, ended: Callable[[Channel], None]
+    ) -> None:
+        super().__init__(name="k42-channel", daemon=True)
+        self._connection = connection
+        self._client = client
+        self._caches = caches
+        self._ended = ended
+
+    def close(self) -> None:
+        """Ends it; a request that runs is finished first."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def run(self) -> None:
+        """Serves."""
+        try:
+            os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
+            self._connection.setblocking(True)
+            while True:
+                message, descriptors = protocol.receive(self._connection)
+                protocol.close_all(descriptors)
+                reply = self._reply(message)
+                if "id" in message:
+                    reply["id"] = message["id"]
+                protocol.send(self._connection, reply)
+        except ProtocolError as error:
+            with contextlib.suppress(OSError):
+                protocol.send(self._connection, protocol.to_reply(error), flags=socket.MSG_DONTWAIT)
+        except (EOFError, OSError):
+            pass
+        finally:
+            self._connection.close()
+            self._ended(self)
+
+    def _reply(self, message: Message) -> Message:
+        try:
+            return {"ok": True, **self._answer(message)}
+        except (KeyError, TypeError, OverflowError) as error:
+            return protocol.to_reply(ProtocolError(f"a malformed request: {error!r}"))
+        except k42.Destroyed:
+            return protocol.to_reply(ProtocolError("the region went meanwhile"))
+        except (k42.Error, ValueError) as error:
+            return protocol.to_reply(error)
+        except OSError as error:
+            return protocol.to_reply(StoreError(error.strerror or str(error), errno=error.errno))
+        except Exception as error:
+            log.exception("a request on a channel")
+            return protocol.to_reply(error)
+
+    def _answer(self, message: Message) -> Message:
+        operation = message.get("op")
+        if operation == "url_size":
+            return self._open_url(message)
+        work = _WORK.get(str(operation))
+        if work is None:
+            raise ProtocolError(f"unknown request {operation!r} on a channel")
+        with in_use(self._caches, self._client.cached(int(message["region"]))) as fcm:
+            return work(fcm, self._client.pm, message)
+
+    def _open_url(self, message: Message) -> Message:
+        url, mode, options = str(message["url"]), str(message["mode"]), message["options"]
+        if not isinstance(options, dict) or len(str(options)) > _MOST_OPTIONS:
+            raise ValueError("the options of a URL are a dictionary of moderate size")
+        cached = self._caches.url(url, mode, options, lambda: open_store(url, mode, options))
+        try:
+            return {"size": cached.fcm.fr().size()}
+        finally:
+            self._caches.let_go(cached)  # it stays among the unused until it is mapped
+
+
+def _range(fcm: FileCacheManager, message: Message) -> tuple[int, int]:
+    first, count = int(message["first"]), int(message["count"])
+    if first < 0 or count < 0:
+        raise ProtocolError("a range of pages begins at 0 or after it")
+    return first, min(first + count, fcm.native().pages())
+
+
+def _flush(fcm: FileCacheManager, _: PageManager, message: Message) -> Message:
+    fcm.flush(*_range(fcm, message))
+    return {}
+
+
+def _prefetch(fcm: FileCacheManager, pm: PageManager, message: Message) -> Message:
+    return {"resident": fcm.prefetch(*_range(fcm, message), pm)}
+
+
+def _resize(fcm: FileCacheManager, _: PageManager, message: Message) -> Message:
+    fcm.resize(int(message["size"]))
+    return {"size": fcm.fr().size()}
+
+
+def _pin(fcm: FileCacheManager, pm: PageManager, message: Message) -> Message:
+    fcm.pin(*_range(fcm, message), pm)
+    return {}
+
+
+def _unpin(fcm: FileCacheManager, _: PageManager, message: Message) -> Message:
+    fcm.unpin(*_range(fcm, message))
+    return {}
+
+
+def _advise(fcm: FileCacheManager, pm: PageManager, message: Message) -> Message:
+    fcm.advise(*_range(fcm, message), Advice(str(message["advice"])), pm)
+    return {}
+
+
+def _region_stat(fcm: FileCacheManager, _: PageManager, __: Message) -> Message:
+    stat: dict[str, Any] = dict(fcm.stat())
+    stat["name"] = str(stat["name"])[-1000:]
+    stat["size"] = fcm.fr().size()
+    stat["page"] = PAGE
+    return {"stat": stat}
+
+
+_WORK: dict[str, Callable[[FileCacheManager, PageManager, Message], Message]] = {
+    "flush": _flush,
+    "prefetch": _prefetch,
+    "resize": _resize,
+    "pin": _pin,
+    "unpin": _unpin,
+    "advise": _advise,
+    "region_stat": _region_stat,
+}
