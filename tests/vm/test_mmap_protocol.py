@@ -144,7 +144,7 @@ def place(shared_kernel: vm.KernelProcess, tmp_path_factory: pytest.TempPathFact
         yield both
 
 
-EXAMPLES = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("mode", MODES)
