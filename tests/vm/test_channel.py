@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from vm_support import PAGE, file_counts, words
+from vm_support import PAGE, file_counts, stop, words
 
 from k42 import vm
 
@@ -88,7 +88,7 @@ def test_others_go_on_while_one_waits(kernels, connect, path):
     client = connect(kernel, grace=60)
     with client.open(path) as mapping:
         mapping.stats()
-        os.kill(kernel.pid, signal.SIGSTOP)
+        stop(kernel.pid)
         waiting = threading.Thread(target=mapping.prefetch)
         waiting.start()
         waiting.join(0.1)
@@ -104,13 +104,14 @@ def test_control_c_gives_a_request_up(shared_kernel, path, script):
         client = vm.connect(socket, grace=60)
         mapping = client.open(path)
         mapping.stats()
-        os.kill(client.kernel_pid, signal.SIGSTOP)
         try:
+            say("ready")
+            sys.stdin.readline()  # the kernel is stopped by then
             say("asking")
             mapping.prefetch()
         except KeyboardInterrupt:
             say("given up")
-        os.kill(client.kernel_pid, signal.SIGCONT)
+        sys.stdin.readline()  # it goes on by then
         mapping.prefetch()
         say(mapping.stats()["pages"], mapping[:] == open(path, "rb").read())
         mapping.close()
@@ -118,10 +119,15 @@ def test_control_c_gives_a_request_up(shared_kernel, path, script):
         """
     process = script(code, shared_kernel.socket, path)
     try:
+        assert process.line() == "ready"
+        stop(shared_kernel.pid)
+        process.tell()
         assert process.line() == "asking"
         time.sleep(0.2)  # it asks by now; if not, the test shows less
         process.process.send_signal(signal.SIGINT)
         assert process.line() == "given up"
+        os.kill(shared_kernel.pid, signal.SIGCONT)
+        process.tell()
         assert process.good() == f"{PAGES} True\n"
     finally:
         os.kill(shared_kernel.pid, signal.SIGCONT)
@@ -132,7 +138,7 @@ def test_a_request_of_a_client_that_is_closed(kernels, path):
     client = vm.connect(kernel.socket, grace=60)
     mapping = client.open(path)
     mapping.stats()
-    os.kill(kernel.pid, signal.SIGSTOP)
+    stop(kernel.pid)
     caught: list[BaseException] = []
 
     def work() -> None:

@@ -18,7 +18,7 @@ import numpy
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vm_support import PAGE, words
+from vm_support import PAGE, stop, words
 
 from k42 import vm
 
@@ -308,7 +308,7 @@ def test_others_run_while_a_page_is_fetched(kernels, connect, folder):
     path.write_bytes(words(20 * PAGE))
     kernel = kernels()
     with connect(kernel, grace=60).open(path) as mapping:
-        os.kill(kernel.pid, signal.SIGSTOP)
+        stop(kernel.pid)
         got: list[bytes] = []
         reader = threading.Thread(target=lambda: got.append(mapping[:]))
         reader.start()
@@ -329,7 +329,7 @@ def test_closing_waits_for_accesses_and_not_for_ever(kernels, connect, folder, s
     path.write_bytes(words(20 * PAGE))
     kernel = kernels()
     mapping = connect(kernel, grace=60).open(path)
-    os.kill(kernel.pid, signal.SIGSTOP)
+    stop(kernel.pid)
     got: list[bytes] = []
     reader = threading.Thread(target=lambda: got.append(mapping[:]))
     reader.start()
