@@ -19,7 +19,7 @@ using namespace k42::vm;
 
 namespace {
 
-constexpr uint64_t kPages = 32;
+constexpr uint64_t kPages = 512;
 constexpr uint64_t kLength = kPages * kPageSize;
 constexpr int kThreads = 4;
 
@@ -82,29 +82,26 @@ void pages_that_fail_and_recover() {
         }
     });
     in_threads(kThreads, [&](int who) {
-        uint64_t written[kPages] = {};
-        for (uint64_t round = 1; round <= 400; ++round) {
-            if (who == 0 && round == 300) failing.store(false);
-            const uint64_t page = (round * 7 + uint64_t(who) * 5) % kPages;
-            Touch touch{reinterpret_cast<volatile uint64_t*>(start + page * kPageSize), 8 * (who + 1), round};
-            AccessFailure failure;
-            if (!touch_guarded(*window, start + page * kPageSize, kPageSize, Touch::run, &touch, failure)) {
+        // All on the same page at about the same time, each until it succeeds: then a page heals, is granted and is
+        // written to by one while another still goes about healing it.
+        auto until_had = [&](uint64_t page, uint64_t write) {
+            for (;;) {
+                Touch touch{reinterpret_cast<volatile uint64_t*>(start + page * kPageSize), 8 * (who + 1), write};
+                AccessFailure failure;
+                if (touch_guarded(*window, start + page * kPageSize, kPageSize, Touch::run, &touch, failure)) {
+                    CHECK_EQUAL(touch.first, pattern(page));
+                    return touch.own;
+                }
                 CHECK(failure.address - start < kLength && !failure.abandoned);
                 failed.fetch_add(1);
-                continue;
             }
-            CHECK_EQUAL(touch.first, pattern(page));
-            // A touch that was done again has found its own.
-            CHECK(touch.own == written[page] || touch.own == round);
-            written[page] = round;
-        }
+        };
         for (uint64_t page = 0; page < kPages; ++page) {
-            Touch touch{reinterpret_cast<volatile uint64_t*>(start + page * kPageSize), 8 * (who + 1), 0};
-            AccessFailure failure;
-            while (!touch_guarded(*window, start + page * kPageSize, kPageSize, Touch::run, &touch, failure)) {
-            }
-            CHECK_EQUAL(touch.own, written[page]);
+            if (who == 0 && page == kPages - 10) failing.store(false);
+            until_had(page, page + 1);
+            CHECK_EQUAL(until_had(page, 0), page + 1);
         }
+        for (uint64_t page = 0; page < kPages; ++page) CHECK_EQUAL(until_had(page, 0), page + 1);
     });
     ending.store(true);
     server.join();
