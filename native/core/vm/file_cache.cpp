@@ -9,6 +9,7 @@
 #include <cstring>
 #include <system_error>
 
+#include "vm/partitioned_page_table.hpp"
 #include "vm/region.hpp"
 
 namespace k42::vm {
@@ -28,17 +29,22 @@ struct FileCache::Waiter : PageWaiter {
 };
 
 FileCache::FileCache(FramePool* pool, int memfd, int journal, uint64_t pages, Fill fill, Backing backing, Policy policy,
-                     int cpus)
+                     int cpus, Tables tables)
     : pool_(pool),
       memfd_(memfd),
       journal_fd_(journal),
       pages_(pages),
       fill_(fill),
       backing_(backing),
-      table_(std::make_unique<SharedPageTable>(policy)),
       journal_bytes_(pages + kGrowth),
       cpus_(cpus),
       cpu_counts_(std::make_unique<CpuCounts[]>(size_t(cpus))) {
+    if (tables == Tables::partitioned) {
+        table_ = std::make_unique<PartitionedPageTable>(policy);
+    } else {
+        replicated_ = new ReplicatedPageTable(policy, tables == Tables::replicated);
+        table_.reset(replicated_);
+    }
     void* bytes = mmap(nullptr, journal_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, journal, 0);
     if (bytes == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "the journal of a file cache");
     journal_ = static_cast<std::atomic<uint8_t>*>(bytes);
@@ -197,7 +203,8 @@ Outcome FileCache::resolve_resident(const FaultAt& fault, Page* page, Run around
 }
 
 Outcome FileCache::resolve(const FaultAt& fault, uint64_t page, Run group, Run around) {
-    if (const PageTable::Held held = table_->hold(page, around.first, around.count, fault.write && fault.tracked);
+    if (const PageTable::Held held = table_->hold(page, around.first, around.count, fault.write && fault.tracked,
+                                                       cpu_bit(fault.cpu));
         held.count) {
         cpu_counts_[fault.cpu].mapped.fetch_add(1, std::memory_order_relaxed);
         give_hint(page);
@@ -409,6 +416,7 @@ void FileCache::look_at(const std::vector<Replacement::Candidate>& candidates, s
             result.given += evict;
         }
         if (probe) {
+            table_->recall(pages + to - probe, probe);  // so that its next use is seen
             const uint32_t used = used_by(pages + to - probe, probe);
             each_region([&](Region& region) { region.hat->soft_unmap(region, first + to - probe, probe, used); });
             probed_.fetch_add(probe, std::memory_order_relaxed);
@@ -774,6 +782,16 @@ uint64_t FileCache::restore() {
 
 void FileCache::use(Policy policy) {
     for (size_t part = 0; part < table_->parts(); ++part) table_->replacement(part).use(policy);
+}
+
+bool FileCache::replicate(bool replicated) {
+    if (replicated_) replicated_->replicate(replicated);
+    return replicated_ != nullptr;
+}
+
+Tables FileCache::tables() const {
+    if (!replicated_) return Tables::partitioned;
+    return replicated_->replicated() ? Tables::replicated : Tables::shared;
 }
 
 void FileCache::clear() { discard(0, UINT64_MAX, true); }

@@ -28,10 +28,14 @@
 #include "vm/hat.hpp"
 #include "vm/hints.hpp"
 #include "vm/page_table.hpp"
+#include "vm/replicated_page_table.hpp"
 
 namespace k42::vm {
 
 enum class Fill : uint8_t { zero, store };
+
+// What the page table is: see the three classes of that name. The first two can be changed into each other.
+enum class Tables : uint8_t { shared, replicated, partitioned };
 
 // What became of a fault.
 enum class Outcome : uint8_t {
@@ -76,7 +80,7 @@ class FileCache {
     // Takes the descriptors over: as long as anybody may punch pages out of the memfd, its number means this file.
     // `memfd`: of the frames. `journal`: a memfd of one byte a page. `cpus`: how many the faults come from.
     FileCache(FramePool* pool, int memfd, int journal, uint64_t pages, Fill fill, Backing backing, Policy policy,
-              int cpus);
+              int cpus, Tables tables = Tables::shared);
     ~FileCache();
     FileCache(const FileCache&) = delete;
     FileCache& operator=(const FileCache&) = delete;
@@ -142,6 +146,12 @@ class FileCache {
     uint64_t restore();
 
     void use(Policy policy);
+    // Makes the page table replicated, or shared again, while faults come. False, and nothing changed, for a partitioned
+    // one.
+    bool replicate(bool replicated);
+    Tables tables() const;
+    // Copies of page descriptors that processors have.
+    size_t copies() const { return replicated_ ? replicated_->copies() : 0; }
     // Gives all pages back; no region shows the file any more.
     void clear();
 
@@ -201,6 +211,7 @@ class FileCache {
     const Fill fill_;
     const Backing backing_;
     std::unique_ptr<PageTable> table_;
+    ReplicatedPageTable* replicated_ = nullptr;  // the same, unless it is partitioned
 
     std::atomic<uint8_t>* journal_ = nullptr;  // a byte a page, and addresses for those to come
     uint64_t journal_bytes_ = 0;

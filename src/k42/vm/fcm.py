@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import ClassVar
 
 import k42
 from k42 import _native
@@ -80,6 +81,14 @@ class Advice(enum.StrEnum):
     SEQUENTIAL = "sequential"
     WILL_NEED = "willneed"
     DONT_NEED = "dontneed"
+
+
+class Tables(enum.IntEnum):
+    """What the page table is."""
+
+    SHARED = 0
+    REPLICATED = 1
+    PARTITIONED = 2
 
 
 class Outcome(enum.IntEnum):
@@ -234,19 +243,25 @@ class SharedFCM(FileCacheManager):
         id: names this FCM there.
     """
 
+    transfers: ClassVar[tuple[str, ...]] = ("pages",)
+
     class Root(k42.SharedRoot):
         """Holds the frames and the native half."""
 
+        tables: ClassVar[Tables] = Tables.SHARED
+
         def __init__(
             self,
-            global_pm: GlobalPageManager,
-            fr: FileRepresentative,
-            backing: Backing,
+            global_pm: GlobalPageManager | None = None,
+            fr: FileRepresentative | None = None,
+            backing: Backing = Backing.FILE,
             cpus: int = 1,
             policy: Policy = Policy.FIFO,
             hints: _native.HintQueue | None = None,
             id: int = 0,
         ) -> None:
+            if global_pm is None or fr is None:
+                return  # they come with the state of another implementation
             self.global_pm = global_pm
             self.fr = fr
             self.backing = backing
@@ -273,12 +288,24 @@ class SharedFCM(FileCacheManager):
                 if backing is Backing.FILE:
                     os.fchmod(frames, 0o400)  # a reader cannot get a writable descriptor by way of /proc
                 fill = 0 if self.anonymous else 1
-                self.cache = _native.FileCache(global_pm.native(), frames, journal, pages, fill, backing, policy, cpus)
+                self.cache = _native.FileCache(
+                    global_pm.native(), frames, journal, pages, fill, backing, policy, cpus, self.tables
+                )
             except BaseException:
                 for descriptor in (frames, journal):
                     if descriptor >= 0:
                         os.close(descriptor)
                 raise
+
+        def export_state(self, form: str) -> SharedFCM.Root:
+            """Return the whole: what it refers to goes on."""
+            return self
+
+        def import_state(self, form: str, state: SharedFCM.Root) -> None:
+            """Go on with the native half of another implementation, whose page table is changed while faults come."""
+            own = ("rep_class", "ref", "_made")  # of each root
+            self.__dict__.update({name: value for name, value in state.__dict__.items() if name not in own})
+            self.cache.replicate(self.tables is Tables.REPLICATED)
 
     root: Root
 
@@ -597,3 +624,43 @@ class SharedFCM(FileCacheManager):
             **self.root.cache.counts(),
             **{f"io_{name}": count for name, count in self.root.queue.counts().items() if name != "threads_started"},
         }
+
+
+class ReplicatedFCM(SharedFCM):
+    """The replicated FCM: each processor has copies of the descriptors of the pages that it has mapped (the DHash).
+
+    - What is local: a table of copies, which a fault on a page that was mapped before goes by alone.
+    - What is shared: the master table, and the records of who has copies of what.
+    - How local tables are made and join: by the first page that is mapped on a processor.
+    - How local and global operations synchronise: what takes a page away has its descriptor locked in the master, and
+      recalls the copies from each processor that has one.
+    - How they are organised: each page's record lists its copies.
+
+    Section 4.4 of the paper. It pages as the shared one does, and can be swapped with it. For the args of ``create`` see
+    `SharedFCM`.
+    """
+
+    class Root(SharedFCM.Root):
+        """Holds the frames and the native half."""
+
+        tables = Tables.REPLICATED
+
+    root: Root
+
+
+class PartitionedFCM(SharedFCM):
+    """The partitioned FCM: spans of 2 MiB of the file in turn belong to one of 16 tables with a lock each.
+
+    Nothing is local to a processor; processors that use different parts of the file share nothing. Section 4.4 of the
+    paper. It pages, each part in an order of its own. It is what it is for life: its descriptors are in other places
+    than those of the others. For the args of ``create`` see `SharedFCM`.
+    """
+
+    transfers: ClassVar[tuple[str, ...]] = ("partitioned pages",)
+
+    class Root(SharedFCM.Root):
+        """Holds the frames and the native half."""
+
+        tables = Tables.PARTITIONED
+
+    root: Root
