@@ -294,13 +294,13 @@ PyObject* unpin(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 
 PyObject* set_marker(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     PyObject* hints;
-    uint64_t id, first, end;
-    if (!unpack("set_marker", args, nargs, hints, id, first, end)) return nullptr;
+    uint64_t id, page;
+    if (!unpack("set_marker", args, nargs, hints, id, page)) return nullptr;
     HintQueueValue* value = checked<HintQueueValue>(hints, vm_types.hint_queue);
     if (!value) return nullptr;
     FileCacheValue& cache = Self::of(self);
     cache.keep(Ref::borrow(hints));
-    cache.cache.set_marker(&value->queue, id, first, end);
+    cache.cache.set_marker(&value->queue, id, page);
     Py_RETURN_NONE;
 }
 
@@ -421,7 +421,7 @@ PyMethodDef methods[] = {
     {"pin", fast(pin), METH_FASTCALL, "pin(first, count): keep these frames; False unless all are resident."},
     {"unpin", fast(unpin), METH_FASTCALL, "unpin(first, count): end one pin of each."},
     {"set_marker", fast(set_marker), METH_FASTCALL,
-     "set_marker(hints, id, first, end): the next fault there gives a hint."},
+     "set_marker(hints, id, page): the fault that maps this page gives a hint, once."},
     {"restore", restore, METH_NOARGS, "Make resident what the journal says is valid; how many pages."},
     {"replicate", fast(replicate), METH_FASTCALL,
      "replicate(replicated): copies of page descriptors for each processor, or none; False: it is partitioned."},

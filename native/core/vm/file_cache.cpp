@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <system_error>
 
@@ -129,21 +130,37 @@ void FileCache::note_use(const FaultAt& fault, Page** pages, uint32_t count) con
     }
 }
 
-void FileCache::give_hint(uint64_t page) {
-    uint64_t begin = marker_begin_.load(std::memory_order_relaxed);
-    if (page < begin || page >= marker_end_.load(std::memory_order_relaxed)) return;
-    if (!marker_begin_.compare_exchange_strong(begin, UINT64_MAX, std::memory_order_acq_rel)) return;
-    if (HintQueue* queue = hints_.load(std::memory_order_acquire)) {
-        queue->push({hint_id_.load(std::memory_order_relaxed), page});
+void FileCache::give_hint(Run mapped) {
+    // Acquire: pairs with the release in set_marker(), after which the page, the queue and the number are there.
+    for (uint32_t left = markers_.set.load(std::memory_order_acquire); left != 0; left &= left - 1) {
+        const int slot = std::countr_zero(left);
+        const uint64_t page = markers_.pages[slot].load(std::memory_order_relaxed);
+        if (page - mapped.first >= mapped.count) continue;
+        // Who takes the bit away gives the hint. Should the slot have got another marker since, that one is lost: its
+        // reader comes to a page that is absent, and is read ahead for again.
+        const uint32_t bit = 1u << slot;
+        if (!(markers_.set.fetch_and(~bit, std::memory_order_acq_rel) & bit)) continue;
+        markers_.hints.load(std::memory_order_relaxed)->push({markers_.id.load(std::memory_order_relaxed), page});
     }
 }
 
-void FileCache::set_marker(HintQueue* queue, uint64_t id, uint64_t first, uint64_t end) {
-    marker_begin_.store(UINT64_MAX, std::memory_order_release);
-    hints_.store(queue, std::memory_order_release);
-    hint_id_.store(id, std::memory_order_relaxed);
-    marker_end_.store(end, std::memory_order_relaxed);
-    marker_begin_.store(first, std::memory_order_release);
+void FileCache::set_marker(HintQueue* queue, uint64_t id, uint64_t page) {
+    std::lock_guard guard(markers_.lock);
+    const uint32_t set = markers_.set.load(std::memory_order_relaxed);
+    uint32_t slot = markers_.next;
+    for (uint32_t i = 0; i < kMarkers; ++i) {
+        const uint32_t other = (markers_.next + i) % kMarkers;
+        if (!(set & 1u << other)) {
+            slot = other;
+            break;
+        }
+    }
+    if (slot == markers_.next) markers_.next = (slot + 1) % kMarkers;
+    markers_.set.fetch_and(~(1u << slot), std::memory_order_relaxed);
+    markers_.hints.store(queue, std::memory_order_relaxed);
+    markers_.id.store(id, std::memory_order_relaxed);
+    markers_.pages[slot].store(page, std::memory_order_relaxed);
+    markers_.set.fetch_or(1u << slot, std::memory_order_release);
 }
 
 Outcome FileCache::zero_run(const FaultAt& fault, uint64_t page, Run run, Page** pages) {
@@ -183,7 +200,6 @@ Outcome FileCache::zero_run(const FaultAt& fault, uint64_t page, Run run, Page**
 Outcome FileCache::resolve_resident(const FaultAt& fault, Page* page, Run around) {
     CpuCounts& counts = cpu_counts_[fault.cpu];
     counts.mapped.fetch_add(1, std::memory_order_relaxed);
-    give_hint(page->index);
     if (fault.write && fault.tracked && !page->is(Page::kDirty)) {
         table_->recall(&page, 1);
         make_dirty(page, fault.cpu);
@@ -196,6 +212,7 @@ Outcome FileCache::resolve_resident(const FaultAt& fault, Page* page, Run around
     if (around.count > 1 && !fault.guarded) run = table_->lock_around(page, around.first, around.count, pages);
     const bool writable = !fault.tracked || page->is(Page::kDirty);
     note_use(fault, pages, run.count);
+    give_hint(run);
     const Outcome outcome = map_run(fault, page->index, run, writable);
     if (outcome == Outcome::mapped) table_->copy(pages, run.count);
     table_->unlock(pages, run.count);
@@ -207,7 +224,7 @@ Outcome FileCache::resolve(const FaultAt& fault, uint64_t page, Run group, Run a
             table_->hold(page, around.first, around.count, fault.write && fault.tracked, cpu_bit(fault.cpu));
         held.count) {
         cpu_counts_[fault.cpu].mapped.fetch_add(1, std::memory_order_relaxed);
-        give_hint(page);
+        give_hint({held.first, held.count});
         const Outcome outcome = map_run(fault, page, {held.first, held.count}, !fault.tracked || held.dirty);
         table_->release(held);
         return outcome;

@@ -43,7 +43,6 @@ log = logging.getLogger("k42.kernel")
 
 _WRITE_PAGES = 256  # pages written at once: 1 MiB
 _RETRY = 1.0  # seconds until a store that failed to take pages is tried again
-_MARKERS = 8  # of read-ahead, at a time
 AROUND = 16
 """Pages of 4 KiB of which the resident ones are mapped by one fault, unless a mapping says otherwise."""
 _PATIENCE = 100  # ms between two looks at pages that others have in I/O
@@ -144,7 +143,7 @@ class FileCacheManager(k42.Object):
         raise NotImplementedError
 
     def hinted(self, page: int) -> None:
-        """A fault came to a page that bears the marker of read-ahead: the next window is due."""
+        """A fault mapped a page that bears the marker of read-ahead: the next window is due."""
         raise NotImplementedError
 
     def replaceable(self) -> bool:
@@ -273,8 +272,8 @@ class SharedFCM(FileCacheManager):
             self.cluster = min(global_pm.cluster(), traits.cluster) if backing is Backing.FILE else 1
             self.queue = IoQueue(os.path.basename(fr.name()), traits.concurrency)
             limit = 0 if hints is None or self.anonymous else min(traits.read_ahead, global_pm.prefetchable() // 4)
-            self.read_ahead = ReadAhead(pages_of(fr.size()), limit)
-            self.markers: dict[int, int] = {}  # of read-ahead: first page of the range that gives the hint, to marker
+            self.piece = min(traits.cluster, MAX_GROUP)  # pages that are read ahead by one request, at least
+            self.read_ahead = ReadAhead(pages_of(fr.size()), limit, traits.cluster)
             self.sequential = False  # pages are used once, in order
             self.failed_until = 0.0  # monotonic time until which the store is not asked to take pages
             self.flushing = threading.Lock()  # protects the order of resize and flush; before all native locks
@@ -368,13 +367,9 @@ class SharedFCM(FileCacheManager):
         root = self.root
         if ahead is None or root.hints is None:
             return
-        # The marker may be mapped together with neighbours that are touched before it.
-        start = ahead.marker - ahead.marker % AROUND
-        root.markers[start] = ahead.marker
-        while len(root.markers) > _MARKERS:
-            root.markers.pop(next(iter(root.markers)))
-        root.cache.set_marker(root.hints, root.id, start, max(ahead.marker + 1, start + AROUND))
-        step = max(root.cluster, min(ahead.pages // 2, MAX_GROUP))
+        root.cache.set_marker(root.hints, root.id, ahead.marker)
+        # Several requests at a time, as large as leaves that many: what they cost beside the bytes is paid at once.
+        step = max(root.piece, min(ahead.pages // max(2, root.fr.traits().concurrency // 2), MAX_GROUP))
         for first in range(ahead.first, ahead.first + ahead.pages, step):
             end = min(first + step, ahead.first + ahead.pages)
             root.queue.submit(functools.partial(self._read_ahead, first, end, pm), urgent=False)
@@ -385,10 +380,7 @@ class SharedFCM(FileCacheManager):
 
     def hinted(self, page: int) -> None:
         """Reads ahead; see `FileCacheManager.hinted`."""
-        for start, marker in list(self.root.markers.items()):
-            if start <= page < max(marker + 1, start + AROUND):
-                self.root.markers.pop(start, None)
-                self._look_ahead(self.root.read_ahead.touched(marker), _Ahead(self.root.global_pm))
+        self._look_ahead(self.root.read_ahead.touched(page), _Ahead(self.root.global_pm))
 
     def replaceable(self) -> bool:
         """Whether its pages can be given back."""
@@ -606,6 +598,7 @@ class SharedFCM(FileCacheManager):
 
     def close(self) -> None:
         """Gives all frames back; see `FileCacheManager.close`."""
+        self.root.fr.cancel()  # else the queue waits for as long as a store that does not answer is tried again
         self.root.queue.close()
         self._discard(0, self.root.cache.pages())
         self.root.fr.close()

@@ -30,10 +30,10 @@ from k42.vm.adapt import LOOK, Adapter
 from k42.vm.caches import Cached, Caches
 from k42.vm.channels import MOST as MOST_CHANNELS
 from k42.vm.channels import Channel
+from k42.vm.credentials import forget_credentials
 from k42.vm.errors import KernelUnavailable, OutOfFrames, ProtocolError, StoreError
 from k42.vm.fault import Fault
 from k42.vm.fcm import AROUND, FileCacheManager, Policy
-from k42.vm.files import forget_credentials
 from k42.vm.fr import FileRepresentative
 from k42.vm.hat import Hat, UffdHat
 from k42.vm.pager import Pager
