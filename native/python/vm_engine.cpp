@@ -52,6 +52,13 @@ PyObject* start(PyObject* self, PyObject*) {
     Py_RETURN_NONE;
 }
 
+PyObject* keep_records(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    int memfd;
+    if (!unpack("keep_records", args, nargs, memfd)) return nullptr;
+    const int given_back = engine_of(self).keep_records(memfd);
+    return given_back < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(given_back);
+}
+
 PyObject* stop(PyObject* self, PyObject*) {
     {
         Detached detached;
@@ -154,6 +161,9 @@ PyObject* counts(PyObject* self, PyObject*) {
 
 PyMethodDef methods[] = {
     {"start", start, METH_NOARGS, "Start one server thread a CPU."},
+    {"keep_records", fast(keep_records), METH_FASTCALL,
+     "keep_records(memfd): keep on record there which threads are held on a CPU; first give the masks back that are "
+     "on record. How many."},
     {"stop", stop, METH_NOARGS, "End the server threads; next() returns None from then on."},
     {"add", fast(add), METH_FASTCALL,
      "add(hat, cpu, pid, sticky, homing): serve this client's userfaultfd of the CPU."},

@@ -24,11 +24,12 @@ PyObject* make_uffd(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     uint64_t id, most_spans;
     PyObject* regions;
     uint32_t cpus;
-    if (!unpack_new("UffdHat", args, kwargs, id, regions, cpus, most_spans)) return nullptr;
+    int old_status, old_commands;
+    if (!unpack_new("UffdHat", args, kwargs, id, regions, cpus, most_spans, old_status, old_commands)) return nullptr;
     if (!valid_hat(regions, cpus)) return nullptr;
-    auto status = vm::StatusPage::create();
+    auto status = old_status < 0 ? vm::StatusPage::create() : vm::StatusPage::adopt(old_status);
     if (!status) return PyErr_SetFromErrno(PyExc_OSError);
-    auto commands = vm::CommandRing::create();
+    auto commands = old_commands < 0 ? vm::CommandRing::create() : vm::CommandRing::adopt(old_commands);
     if (!commands) return PyErr_SetFromErrno(PyExc_OSError);
     auto* map = &Holder<RegionMapValue>::of(regions).map;
     return Self::make(type, Ref::borrow(regions),
@@ -178,7 +179,8 @@ PyType_Slot uffd_slots[] = {
     {Py_tp_dealloc, reinterpret_cast<void*>(Self::dealloc)},
     {Py_tp_methods, uffd_methods},
     {Py_tp_doc,
-     const_cast<char*>("UffdHat(id, region_map, cpus, most_spans, /)\n\nMaps real memory through userfaultfds.")},
+     const_cast<char*>("UffdHat(id, region_map, cpus, most_spans, status, commands, /)\n\nMaps real memory through "
+                       "userfaultfds. status, commands: descriptors that a kernel left which has gone, or -1.")},
     {0, nullptr},
 };
 PyType_Slot soft_slots[] = {

@@ -5,7 +5,9 @@ from __future__ import annotations
 import enum
 import importlib.metadata
 import logging
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -201,10 +203,14 @@ def serve(
     policy: Annotated[
         str, typer.Option(metavar="NAME", help="Which pages are given back first: fifo, clock or s3fifo.")
     ] = "fifo",
+    supervise: Annotated[
+        bool, typer.Option("--supervise", help="If it dies, start another that goes on with its clients.")
+    ] = False,
 ) -> None:
     """Run the kernel process, which serves the page faults of its clients, until it is ended."""
     from k42.vm import kernel
     from k42.vm.fcm import Policy
+    from k42.vm.launch import supervisor_command
     from k42.vm.variants import Variants
 
     try:
@@ -215,6 +221,10 @@ def serve(
         Policy.named(policy)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--policy") from None
+    if supervise:
+        # This process becomes the supervisor, which starts the kernel with the other arguments, as they were given.
+        command = [*supervisor_command(), *(argument for argument in sys.argv[2:] if argument != "--supervise")]
+        os.execv(command[0], command)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     kernel.serve(
         socket=str(socket) if socket else None,

@@ -1,8 +1,10 @@
 #include "vm/affinity.hpp"
 
 #include <dirent.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -61,10 +63,23 @@ Placement::Place Placement::place(pid_t pid, pid_t tid, int here, Hold hold, uin
     held->own = own;
     held->newest = newest_task();
     held->last.store(now, std::memory_order_relaxed);
+    if (records_) {
+        if (free_records_.empty()) return {-1, nullptr, false};
+        held->record = free_records_.back();
+        held->record->pid = pid;
+        held->record->cpu = cpus_[size_t(place)];
+        held->record->newest = held->newest;
+        held->record->own = own;
+        held->record->tid.store(tid, std::memory_order_release);
+        free_records_.pop_back();
+    }
     cpu_set_t there;
     CPU_ZERO(&there);
     CPU_SET(cpus_[place], &there);
-    if (sched_setaffinity(tid, sizeof there, &there) != 0) return {-1, nullptr, false};
+    if (sched_setaffinity(tid, sizeof there, &there) != 0) {
+        forget_record(*held);
+        return {-1, nullptr, false};
+    }
     held_[tid] = held;
     ++count_[place];
     return {place, held, true};
@@ -86,8 +101,49 @@ int Placement::choose(const cpu_set_t& own, pid_t pid, pid_t tid, int here, Hold
 
 void Placement::forget(const std::shared_ptr<Held>& held) {
     held->active.store(false, std::memory_order_relaxed);
+    forget_record(*held);
     --count_[held->place];
     held_.erase(held->tid);
+}
+
+void Placement::forget_record(Held& held) {
+    if (!held.record) return;
+    held.record->tid.store(0, std::memory_order_release);
+    free_records_.push_back(held.record);
+    held.record = nullptr;
+}
+
+Placement::~Placement() {
+    release_all();
+    if (records_) munmap(records_, kRecordBytes);
+}
+
+int Placement::keep_records(int memfd) {
+    if (ftruncate(memfd, kRecordBytes) < 0) return -1;
+    void* memory = mmap(nullptr, kRecordBytes, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
+    if (memory == MAP_FAILED) return -1;
+    std::lock_guard guard(lock_);
+    records_ = static_cast<HeldRecord*>(memory);
+    int given_back = 0;
+    for (size_t i = kRecords; i-- > 0;) {
+        HeldRecord& record = records_[i];
+        free_records_.push_back(&record);
+        const pid_t tid = record.tid.load(std::memory_order_acquire);
+        const auto place = std::find(cpus_.begin(), cpus_.end(), record.cpu);
+        if (tid == 0) continue;
+        if (place != cpus_.end() && last_cpu(record.pid, tid) >= 0) {  // it is that process's thread still
+            Held held{};
+            held.pid = record.pid;
+            held.tid = tid;
+            held.place = int(place - cpus_.begin());
+            held.own = record.own;
+            held.newest = record.newest;
+            give_back(held);
+            ++given_back;
+        }
+        record.tid.store(0, std::memory_order_release);
+    }
+    return given_back;
 }
 
 bool Placement::still_held(const std::shared_ptr<Held>& held) {

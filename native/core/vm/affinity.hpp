@@ -24,8 +24,20 @@ namespace k42::vm {
 // on any, to which the memory can follow.
 enum class Hold : uint8_t { nowhere, here, anywhere };
 
+// Who is held, in a memfd that outlives the kernel: if it dies, the next one gives the masks back.
+struct HeldRecord {
+    std::atomic<int32_t> tid;  // 0: not in use; written last
+    int32_t pid;
+    int32_t cpu;  // its number
+    int32_t newest;
+    cpu_set_t own;
+};
+
 class Placement {
   public:
+    static constexpr size_t kRecords = 1024;  // no more threads are held at a time
+    static constexpr size_t kRecordBytes = kRecords * sizeof(HeldRecord);
+
     // A thread that is kept on a CPU. Lines of its own: written where the thread faults, which is on that CPU, mostly.
     struct alignas(runtime::apart) Held {
         pid_t pid;
@@ -33,6 +45,7 @@ class Placement {
         int place;                       // index of the CPU
         cpu_set_t own;                   // the thread's mask before
         pid_t newest;                    // the newest thread or process of the system when it was held
+        HeldRecord* record = nullptr;    // its own, if there are records
         std::atomic<uint64_t> last;      // time of a recent fault
         std::atomic<bool> active{true};  // `own` is to be given back
     };
@@ -44,7 +57,7 @@ class Placement {
 
     // Numbers of CPUs, which are known by their index here.
     explicit Placement(std::vector<int> cpus) : cpus_(std::move(cpus)), count_(cpus_.size(), 0) {}
-    ~Placement() { release_all(); }
+    ~Placement();
     Placement(const Placement&) = delete;
     Placement& operator=(const Placement&) = delete;
 
@@ -55,6 +68,10 @@ class Placement {
 
     // False when the program has changed the thread's mask, which is then left alone.
     bool still_held(const std::shared_ptr<Held>& held);
+
+    // Keeps records in this memfd, from now on; first gives the masks back that a kernel on record there had taken. Before
+    // any thread is held. How many there were; -1 with errno set.
+    int keep_records(int memfd);
 
     // Gives the thread its mask back, unless another server has seen a fault of it within `idle` ns.
     void release(const std::shared_ptr<Held>& held, uint64_t now, uint64_t idle);
@@ -67,6 +84,7 @@ class Placement {
   private:
     int choose(const cpu_set_t& own, pid_t pid, pid_t tid, int here, Hold hold) const;
     void forget(const std::shared_ptr<Held>& held);
+    void forget_record(Held& held);
     void give_back(const Held& held) const;
     void widen(pid_t task, const Held& holder) const;
     void widen_newer(pid_t pid, const Held& holder, pid_t newest) const;
@@ -75,6 +93,8 @@ class Placement {
     std::mutex lock_;                              // protects the members below, and the masks of held threads; a leaf
     std::map<pid_t, std::shared_ptr<Held>> held_;  // by thread
     std::vector<int> count_;                       // of threads held on each CPU
+    HeldRecord* records_ = nullptr;
+    std::vector<HeldRecord*> free_records_;
 };
 
 class StickyAffinity {

@@ -48,6 +48,16 @@ std::unique_ptr<CommandRing> CommandRing::create() {
     return std::unique_ptr<CommandRing>(new CommandRing(made.fd, static_cast<CommandMemory*>(made.address)));
 }
 
+std::unique_ptr<CommandRing> CommandRing::adopt(int fd) {
+    const SealedMemory found = adopt_sealed_memory(fd, sizeof(CommandMemory));
+    if (found.fd < 0) return nullptr;
+    std::unique_ptr<CommandRing> ring(new CommandRing(fd, static_cast<CommandMemory*>(found.address)));
+    for (const CommandMemory::Entry& entry : ring->memory_->entries) {
+        ring->next_ = std::max(ring->next_, entry.number.load(std::memory_order_relaxed));
+    }
+    return ring;
+}
+
 CommandRing::~CommandRing() {
     munmap(memory_, sizeof *memory_);
     close(fd_);
@@ -206,7 +216,6 @@ void Agent::execute(const Command& command) {
 // we wait, and ioctls there get EAGAIN.
 void Agent::rehome(const Command& command, const Windows::Range& range) {
     const int uffd = windows_.uffd_of(command.to);
-    const int before = windows_.uffd_of(command.from);
     if (uffd < 0) return;
     void* const place = reinterpret_cast<void*>(command.address);
     const bool shared = range.kind == Windows::Kind::shared;
@@ -227,8 +236,9 @@ void Agent::rehome(const Command& command, const Windows::Range& range) {
         mmap(place, command.length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1,
              0);
     }
-    // Who waits on the old userfaultfd faults again, on the new one.
-    if (before >= 0) wake_range(before, command.address, command.length);
+    // Who waits on the old userfaultfd faults again, on the new one. A kernel that took over from another may not know
+    // which the old one is.
+    for (int other : windows_.all_uffds()) wake_range(other, command.address, command.length);
 }
 
 }  // namespace k42::vm

@@ -50,6 +50,8 @@ class CommandRing {
   public:
     // A new sealed memfd; nullptr with errno set. The descriptor stays the object's.
     static std::unique_ptr<CommandRing> create();
+    // The one that a kernel left which has gone; takes the descriptor over. nullptr with errno set.
+    static std::unique_ptr<CommandRing> adopt(int fd);
     ~CommandRing();
     CommandRing(const CommandRing&) = delete;
     CommandRing& operator=(const CommandRing&) = delete;

@@ -49,6 +49,8 @@ class Engine {
     Engine& operator=(const Engine&) = delete;
 
     void start();
+    // Keeps on record which threads are held on a CPU; see Placement::keep_records.
+    int keep_records(int memfd) { return placement_.keep_records(memfd); }
     // Ends the server threads and lets all HATs go; next() returns nothing and add() refuses from then on.
     void stop();
 

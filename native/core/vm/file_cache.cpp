@@ -168,6 +168,8 @@ Outcome FileCache::zero_run(const FaultAt& fault, uint64_t page, Run run, Page**
     const uint64_t start = fault.address - (page - run.first) * kPageSize;
     uint32_t done = 0;
     int error = 0;
+    // The client may write to the page before we hear of it again, and we may die before that.
+    for (uint32_t i = 0; i < run.count; ++i) write_journal(run.first + i, kValid | kDirty);
     while (done < run.count) {
         const uint64_t at = start + done * kPageSize;
         RangeResult result =
@@ -193,6 +195,7 @@ Outcome FileCache::zero_run(const FaultAt& fault, uint64_t page, Run run, Page**
     }
     cpu_counts_[fault.cpu].zero_filled.fetch_add(done, std::memory_order_relaxed);
     if (done == run.count) return Outcome::zero_filled;
+    for (uint32_t i = done; i < run.count; ++i) write_journal(run.first + i, 0);
     pool_->release(run.count - done, backing_);
     return page < run.first + done ? Outcome::zero_filled : settle(fault, error);
 }
@@ -694,17 +697,38 @@ uint64_t FileCache::discard(uint64_t first, uint64_t end, bool dirty) {
     return busy;
 }
 
-void FileCache::forget_stored(uint64_t first, uint64_t end) {
+template <typename Visit>
+void FileCache::each_journaled(uint64_t first, uint64_t end, Visit&& visit) {
     // Holes of the journal are not looked at, or they would become memory.
     for (auto at = off_t(first); at < off_t(end);) {
         const off_t data = lseek(journal_fd_, at, SEEK_DATA);
-        if (data < 0) break;
+        if (data < 0 || data >= off_t(end)) break;
         const off_t hole = std::min(lseek(journal_fd_, data, SEEK_HOLE), off_t(end));
         for (auto page = uint64_t(data); page < uint64_t(hole); ++page) {
-            if (journaled(page) & kStored) write_journal(page, journaled(page) & uint8_t(~kStored));
+            if (journaled(page)) visit(page, journaled(page));
         }
         at = hole;
     }
+}
+
+void FileCache::forget_stored(uint64_t first, uint64_t end) {
+    each_journaled(first, end, [&](uint64_t page, uint8_t seen) {
+        if (seen & kStored) write_journal(page, seen & uint8_t(~kStored));
+    });
+}
+
+void FileCache::forget_holes() {
+    uint64_t begin = 0;  // the frames [begin, end) are there, and none between the page of the last look and `begin`
+    uint64_t end = 0;
+    each_journaled(0, pages(), [&](uint64_t page, uint8_t seen) {
+        if (seen & kStored) stored_.store(true, std::memory_order_release);
+        if (page >= end) {
+            const off_t data = lseek(memfd_, off_t(page * kPageSize), SEEK_DATA);
+            begin = data < 0 ? UINT64_MAX : uint64_t(data) / kPageSize;
+            end = data < 0 ? UINT64_MAX : uint64_t(lseek(memfd_, data, SEEK_HOLE)) / kPageSize;
+        }
+        if (page < begin && seen & (kValid | kDirty)) write_journal(page, seen & kStored);
+    });
 }
 
 bool FileCache::resize(uint64_t pages) {
@@ -721,7 +745,7 @@ bool FileCache::pin(Run run) {
     if (all) {
         std::lock_guard guard(pins_lock_);
         for (uint32_t i = 0; i < run.count; ++i) {
-            ++pins_[run.first + i];
+            write_pins(run.first + i, ++pins_[run.first + i]);
             pages[i]->set(Page::kPinned);
         }
     }
@@ -736,12 +760,18 @@ void FileCache::unpin(Run run) {
         std::lock_guard guard(pins_lock_);
         for (uint32_t i = 0; i < run.count; ++i) {
             const auto found = pins_.find(run.first + i);
-            if (found == pins_.end() || --found->second > 0) continue;
+            if (found == pins_.end()) continue;
+            write_pins(run.first + i, --found->second);
+            if (found->second > 0) continue;
             pins_.erase(found);
             pages[i]->clear(Page::kPinned);
         }
     }
     table_->unlock(pages, run.count);
+}
+
+void FileCache::write_pins(uint64_t page, uint32_t count) {
+    write_journal(page, uint8_t((journaled(page) & (kOnePin - 1)) | kOnePin * std::min(count, kMostPins)));
 }
 
 std::vector<FileCache::Run> FileCache::absent_runs(uint64_t first, uint64_t end, uint64_t most) const {
@@ -771,6 +801,7 @@ std::vector<FileCache::Run> FileCache::absent_runs(uint64_t first, uint64_t end,
 uint64_t FileCache::restore() {
     uint64_t restored = 0;
     const auto end = off_t(pages() * kPageSize);
+    forget_holes();
     for (off_t at = 0; at < end;) {
         const off_t data = lseek(memfd_, at, SEEK_DATA);
         if (data < 0) break;
@@ -788,6 +819,11 @@ uint64_t FileCache::restore() {
             if (seen & kDirty) {
                 descriptor->set(Page::kDirty);
                 prefilled_dirty_.fetch_add(1, std::memory_order_relaxed);
+            }
+            if (seen >= kOnePin) {
+                descriptor->set(Page::kPinned);
+                std::lock_guard guard(pins_lock_);
+                pins_[page] = seen / kOnePin == kMostPins ? UINT32_MAX / 2 : seen / kOnePin;
             }
             if (replaceable()) table_->replacement(table_->part_of(page)).insert(page);
             table_->unlock(&descriptor, 1);

@@ -182,6 +182,7 @@ class FileCache {
     static constexpr uint8_t kValid = 1;   // the frame holds the page
     static constexpr uint8_t kDirty = 2;   // and the store does not
     static constexpr uint8_t kStored = 4;  // of anonymous memory: the store holds a page
+    static constexpr uint32_t kOnePin = 16, kMostPins = 15;  // of 15 pins and more the number is not known
 
     Outcome resolve_resident(const FaultAt& fault, Page* page, Run around);
     Outcome map_run(const FaultAt& fault, uint64_t page, Run run, bool writable);
@@ -199,7 +200,12 @@ class FileCache {
     static Run run_around(Page* const* pages, uint64_t first, uint32_t count, uint64_t page);
     void punch(uint64_t first, uint64_t count) const;
     void ended();
+    template <typename Visit>
+    void each_journaled(uint64_t first, uint64_t end, Visit&& visit);
+    void write_pins(uint64_t page, uint32_t count);
     void forget_stored(uint64_t first, uint64_t end);
+    // Of a page without a frame the journal may say that it is valid, where its writer died before it made the frame.
+    void forget_holes();
     static void wake_all(PageWaiter* waiters);
     static PageWaiter* take_waiters(Page** pages, uint32_t count);
     bool replaceable() const { return backing_ == Backing::file; }

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -23,6 +24,25 @@ SealedMemory make_sealed_memory(const char* name, size_t bytes) {
     close(fd);
     errno = error;
     return {-1, nullptr};
+}
+
+SealedMemory adopt_sealed_memory(int fd, size_t bytes) {
+    struct stat status;
+    if (fstat(fd, &status) < 0) return {-1, nullptr};
+    if (status.st_size != off_t(bytes) || !(fcntl(fd, F_GET_SEALS) & F_SEAL_SHRINK)) {
+        errno = EINVAL;
+        return {-1, nullptr};
+    }
+    void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    return address == MAP_FAILED ? SealedMemory{-1, nullptr} : SealedMemory{fd, address};
+}
+
+std::unique_ptr<StatusPage> StatusPage::adopt(int fd) {
+    const SealedMemory found = adopt_sealed_memory(fd, kBytes);
+    if (found.fd < 0) return nullptr;
+    std::unique_ptr<StatusPage> page(new StatusPage(fd, static_cast<FailureRecord*>(found.address)));
+    page->next_ = (newest(found.address) + 1) / 2;
+    return page;
 }
 
 std::unique_ptr<StatusPage> StatusPage::create() {

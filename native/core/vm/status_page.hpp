@@ -23,6 +23,8 @@ struct SealedMemory {
     void* address;
 };
 SealedMemory make_sealed_memory(const char* name, size_t bytes);
+// The same of memory that a kernel made which has gone; takes the descriptor over if it succeeds.
+SealedMemory adopt_sealed_memory(int fd, size_t bytes);
 
 class StatusPage {
   public:
@@ -31,6 +33,8 @@ class StatusPage {
 
     // The kernel's side: a new sealed memfd; nullptr with errno set. The descriptor stays the object's.
     static std::unique_ptr<StatusPage> create();
+    // The one that a kernel left which has gone; takes the descriptor over. nullptr with errno set.
+    static std::unique_ptr<StatusPage> adopt(int fd);
     ~StatusPage();
     StatusPage(const StatusPage&) = delete;
     StatusPage& operator=(const StatusPage&) = delete;

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import fcntl
+import functools
 import itertools
 import json
 import logging
@@ -16,13 +17,15 @@ import stat as stat_module
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 import k42
 from k42.vm.errors import OutOfFrames, ProtocolError, StoreError, Unsupported
 from k42.vm.fcm import FileCacheManager
-from k42.vm.fr import FileFR, FileRepresentative, SwapFR, ZeroFR
+from k42.vm.files import open_store
+from k42.vm.fr import FileFR, FileRepresentative, ResumedFR, SwapFR, Traits, ZeroFR
+from k42.vm.ledger import Ledger
 from k42.vm.pm import Backing, GlobalPageManager
 from k42.vm.protocol import PAGE
 
@@ -31,7 +34,16 @@ log = logging.getLogger("k42.kernel")
 _UNUSED = 256  # file caches kept, without any mapping, for the next who opens the file
 _CLOSERS = 2  # threads that close what nobody uses any more: a store may take long
 
-Make = Callable[[FileRepresentative, Backing, int], FileCacheManager]
+_LONGEST_NAME = 4096  # characters of what is told to the next kernel, for its messages
+
+
+class Make(Protocol):
+    """Makes an FCM of a store, with a number; of frames that a kernel left which has gone, or of none."""
+
+    def __call__(
+        self, fr: FileRepresentative, backing: Backing, number: int, left: tuple[int, int, int] | None = None
+    ) -> FileCacheManager:
+        """Makes it."""
 
 
 @dataclass(eq=False)
@@ -44,10 +56,14 @@ class Cached:
         reserved: frames promised to it.
         users: regions that show it, and requests that work on it.
         writers: regions of those through which its file is written.
+        number: of the FCM.
+        url: what names the store, if not a descriptor: URL, mode, options.
     """
 
     fcm: FileCacheManager
     key: Hashable | None
+    number: int
+    url: tuple[str, str, Mapping[str, Any]] | None = None
     reserved: int = 0
     users: int = 0
     writers: int = 0
@@ -68,19 +84,28 @@ class Caches:
         global_pm: the frames.
         make: makes an FCM of a store, with a number of its own.
         wrote: called when the last writer of a cache has gone.
+        ledger: what the next kernel is to know.
         swap: whether anonymous memory made with overcommit may be written to a swap file.
     """
 
     def __init__(
-        self, global_pm: GlobalPageManager, make: Make, wrote: Callable[[FileCacheManager], None], *, swap: bool
+        self,
+        global_pm: GlobalPageManager,
+        make: Make,
+        wrote: Callable[[FileCacheManager], None],
+        ledger: Ledger,
+        *,
+        swap: bool,
     ) -> None:
         self._global_pm = global_pm
+        self._ledger = ledger
         self._make = make
         self._wrote = wrote
         self._swap = swap
         # Protects the table, and the counts of users; before all locks but those of clients. No store is asked with it
         # but a local file.
         self._lock = threading.Lock()
+        self._telling = threading.Lock()  # keeps what is told of one cache in order; after the table's
         self._all: dict[Cached, None] = {}
         self._numbers = itertools.count(1)
         self._by_number: dict[int, FileCacheManager] = {}
@@ -116,12 +141,13 @@ class Caches:
             if found is None:
                 fr = FileFR.create(descriptor, name.replace("\0", "?"))
                 taken = True
-                found = self._add(key, self._make_or_close(fr, Backing.FILE), 0)
+                found = self._add(key, *self._make_or_close(fr, Backing.FILE))
             elif writer and not found.fcm.fr().writable():
                 local = k42.local(found.fcm.fr())
                 assert isinstance(local, FileFR)
                 local.make_writable(descriptor)
                 taken = True
+                self.tell(found)
             self._use(found, writer=writer)
             return found, taken
 
@@ -148,7 +174,7 @@ class Caches:
                 self.let_go(found)
             fr = opener()
             with self._lock:
-                found = self._add(key, self._make_or_close(fr, Backing.FILE), 0)
+                found = self._add(key, *self._make_or_close(fr, Backing.FILE), url=(url, mode, options))
                 self._use(found, writer=False)
             return found
 
@@ -205,13 +231,13 @@ class Caches:
                 fr, backing = SwapFR.create(size), Backing.FILE
             else:
                 fr, backing = ZeroFR.create(size), Backing.OVERCOMMITTED if overcommit else Backing.RESERVED
-            fcm = self._make_or_close(fr, backing)
+            fcm, number = self._make_or_close(fr, backing)
         except BaseException:
             if reserved:
                 self._global_pm.unreserve(reserved)
             raise
         with self._lock:
-            made = self._add(None, fcm, reserved)
+            made = self._add(None, fcm, number, reserved)
             self._use(made, writer=False)
             return made
 
@@ -267,10 +293,117 @@ class Caches:
             with contextlib.suppress(k42.Destroyed):
                 self._close(cached)
 
+    # What the next kernel is to know, if this one dies.
+
+    def tell(self, cached: Cached) -> None:
+        """Says what there is; again where that has changed."""
+        with self._telling:
+            cache, fr = cached.fcm.native(), k42.local(cached.fcm.fr())
+            record: dict[str, Any] = {
+                "name": fr.name()[-_LONGEST_NAME:],
+                "size": fr.size(),
+                "pages": cache.pages(),
+                "reserved": cached.reserved,
+                "url": cached.url,
+            }
+            files = []
+            match fr:
+                case FileFR():
+                    record |= {"store": "file", "version": fr.version()}
+                    files.append(fr.native_descriptor())
+                case SwapFR():
+                    record |= {"store": "swap"}
+                    fr.root.made = functools.partial(self._tell_swap_file, cached.number)
+                case ZeroFR():
+                    record |= {"store": "zero"}
+                case _:
+                    version = fr.version() if isinstance(fr, ResumedFR) else repr(fr.version())
+                    record |= {
+                        "store": "url",
+                        "version": None if fr.writable() else version,  # else it changes by our own writes
+                        "traits": asdict(fr.traits()),
+                        "writable": fr.writable(),
+                    }
+            self._ledger.tell(f"cache/{cached.number}", record, (cache.memfd(), cache.journal(), *files))
+
+    def _tell_swap_file(self, number: int, descriptor: int) -> None:
+        self._ledger.tell(f"swap/{number}", True, (descriptor,))
+
+    def take_over(self, number: int, record: Mapping[str, Any], descriptors: list[int], swap: int | None) -> Cached:
+        """Makes the cache of a record that a kernel left which has gone; nobody uses it yet.
+
+        Args:
+            number: of the FCM.
+            record: what `tell` told.
+            descriptors: and what it passed with it; taken over.
+            swap: the swap file, if there is one; taken over.
+        """
+        frames, journal, *files = descriptors
+        name, size, url = record["name"], record["size"], record["url"]
+        key: Hashable | None = None
+        backing = Backing.FILE
+        fr: FileRepresentative
+        match record["store"]:
+            case "file":
+                status = os.fstat(files[0])
+                key = ("file", status.st_dev, status.st_ino)
+                fr = FileFR.create(files[0], name)
+                k42.local(fr).root.size = size  # what it is to us: if others truncate it, that is an error as before
+            case "swap":
+                fr = SwapFR.create(size, swap)
+                self._global_pm.promise_file(min(2, self._global_pm.usage()["budget"]))
+            case "zero":
+                fr = ZeroFR.create(size)
+                backing = Backing.RESERVED if record["reserved"] else Backing.OVERCOMMITTED
+                if record["reserved"]:
+                    self._global_pm.reserve(record["reserved"])
+            case _:
+                traits = Traits(**record["traits"])
+                opener = functools.partial(open_store, *url)
+                fr = ResumedFR.create(name, size, record["version"], traits, record["writable"], opener)
+        if url is not None:
+            key = self.url_key(url[0], url[2])
+        fcm = self._make(fr, backing, number, (frames, journal, record["pages"]))
+        if record["store"] == "file" and json.loads(json.dumps(fr.version())) != record["version"]:
+            # By others, or by us since it was told: what the frames and the file have in common is not known.
+            fcm.discard_clean()
+        with self._lock:
+            self._by_number[number] = fcm
+            self._numbers = itertools.count(max(number + 1, next(self._numbers)))
+            cached = self._enter(Cached(fcm, key, number, url, record["reserved"]))
+            self.tell(cached)
+            return cached
+
+    def use(self, cached: Cached, *, writer: bool) -> None:
+        """One user more of a cache that was taken over."""
+        with self._lock:
+            self._use(cached, writer=writer)
+
+    def let_unused_go(self) -> None:
+        """All are taken over, and who uses them is known: the others are as if their last user had gone."""
+        with self._lock:
+            unused = [cached for cached in self._all if not cached.users]
+            for cached in unused:
+                cached.users = 1
+        for cached in unused:
+            self.let_go(cached)
+
     # With the lock.
 
-    def _add(self, key: Hashable | None, fcm: FileCacheManager, reserved: int) -> Cached:
-        cached = Cached(fcm, key, reserved)
+    def _add(
+        self,
+        key: Hashable | None,
+        fcm: FileCacheManager,
+        number: int,
+        reserved: int = 0,
+        url: tuple[str, str, Mapping[str, Any]] | None = None,
+    ) -> Cached:
+        cached = self._enter(Cached(fcm, key, number, url, reserved))
+        self.tell(cached)
+        return cached
+
+    def _enter(self, cached: Cached) -> Cached:
+        fcm, key = cached.fcm, cached.key
         self._all[cached] = None
         if key is not None:
             self._by_key[key] = cached
@@ -304,12 +437,12 @@ class Caches:
                 del self._by_key[cached.key]
             self._unused.pop(cached, None)
 
-    def _make_or_close(self, fr: FileRepresentative, backing: Backing) -> FileCacheManager:
+    def _make_or_close(self, fr: FileRepresentative, backing: Backing) -> tuple[FileCacheManager, int]:
         number = next(self._numbers)
         try:
             fcm = self._make(fr, backing, number)
             self._by_number[number] = fcm
-            return fcm
+            return fcm, number
         except Exception as error:
             fr.close()
             k42.destroy(fr)
@@ -326,11 +459,12 @@ class Caches:
                 log.error("what was written to %s is lost: %s", fcm.fr().name(), error)
         if fcm.replaceable():
             self._global_pm.detach_fcm(fcm)
+        for kind in ("cache", "swap"):
+            self._ledger.end(f"{kind}/{cached.number}")
         fcm.close()
         with self._lock:
             self._all.pop(cached, None)
-            for number in [number for number, other in self._by_number.items() if other is fcm]:
-                del self._by_number[number]
+            self._by_number.pop(cached.number, None)
         k42.destroy(fcm)
         if cached.reserved:
             self._global_pm.unreserve(cached.reserved)

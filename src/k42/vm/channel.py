@@ -27,10 +27,12 @@ class Channels:
     Args:
         path: where the kernel listens.
         greeting: the first message on a channel: whose it is, and that it may be.
+        supervised: if the kernel dies another takes over, under the same path; then requests are made again.
     """
 
     path: str
     greeting: Message
+    supervised: bool = False
     _turns: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_MOST))
     _lock: threading.Lock = field(default_factory=threading.Lock)  # protects all below; a leaf
     _idle: list[socket.socket] = field(default_factory=list)
@@ -62,10 +64,12 @@ class Channels:
                 self._drop(channel)
                 if self._closed:
                     raise KernelUnavailable("this client is closed") from None
-                if not used:
+                if self.supervised and message["op"] == "unpin":
+                    return {"ok": True}  # twice, it could end a pin of others; not at all, it ends with the mapping
+                if not used and not self.supervised:
                     raise KernelUnavailable(f"the kernel has gone away during {message['op']}") from error
-                # The channel may have ended long ago, with a kernel that another has taken over from. What is asked
-                # for here may be done twice.
+                # It ended with a kernel that another takes over from, now or long ago. All else that is asked for here
+                # may be done twice.
             except BaseException:
                 self._drop(channel)  # its answer, if any, is nobody's
                 raise
@@ -102,22 +106,28 @@ class Channels:
                 channel = self._idle.pop()
                 self._busy.add(channel)
                 return channel, True
-        channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            channel.connect(self.path)
-            protocol.send(channel, self.greeting)
-            reply, descriptors = protocol.receive(channel)
-            protocol.close_all(descriptors)
-            if "error" in reply:
-                raise protocol.to_error(reply)
-        except (EOFError, OSError) as error:
-            channel.close()
-            if isinstance(error, KernelUnavailable):
+        while True:
+            channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            connected = False
+            try:
+                channel.connect(self.path)
+                connected = True
+                protocol.send(channel, self.greeting)
+                reply, descriptors = protocol.receive(channel)
+                protocol.close_all(descriptors)
+                if "error" in reply:
+                    raise protocol.to_error(reply)
+                break
+            except (EOFError, OSError) as error:
+                channel.close()
+                if isinstance(error, KernelUnavailable):
+                    raise
+                # As long as somebody holds the socket there will be a kernel that accepts.
+                if not (connected and self.supervised):
+                    raise KernelUnavailable(f"the kernel at {self.path} does not answer") from error
+            except BaseException:
+                channel.close()
                 raise
-            raise KernelUnavailable(f"the kernel at {self.path} does not answer") from error
-        except BaseException:
-            channel.close()
-            raise
         with self._lock:
             if not self._closed:
                 self._busy.add(channel)

@@ -26,6 +26,7 @@ log = logging.getLogger("k42.kernel")
 
 MOST = 16  # channels a client
 _MOST_OPTIONS = 16384  # characters of the options of a URL
+_LONGEST_URL = 8192  # characters
 
 
 class Client(Protocol):
@@ -104,13 +105,17 @@ class Channel(threading.Thread):
         work = _WORK.get(str(operation))
         if work is None:
             raise ProtocolError(f"unknown request {operation!r} on a channel")
-        with in_use(self._caches, self._client.cached(int(message["region"]))) as fcm:
-            return work(fcm, self._client.pm, message)
+        cached = self._client.cached(int(message["region"]))
+        with in_use(self._caches, cached) as fcm:
+            answer = work(fcm, self._client.pm, message)
+            if cached is not None and operation in ("flush", "resize"):
+                self._caches.tell(cached)  # size and version
+            return answer
 
     def _open_url(self, message: Message) -> Message:
         url, mode, options = str(message["url"]), str(message["mode"]), message["options"]
-        if not isinstance(options, dict) or len(str(options)) > _MOST_OPTIONS:
-            raise ValueError("the options of a URL are a dictionary of moderate size")
+        if not isinstance(options, dict) or len(str(options)) > _MOST_OPTIONS or len(url) > _LONGEST_URL:
+            raise ValueError("a URL, and its options, which are a dictionary, are of moderate size")
         cached = self._caches.url(url, mode, options, lambda: open_store(url, mode, options))
         try:
             return {"size": cached.fcm.fr().size()}

@@ -108,7 +108,8 @@ class Client:
         """The kernel's budget in bytes."""
         self._cpus: list[int] = reply["cpus"]
         greeting = {"op": "channel", "client": reply.get("client"), "token": reply.get("token")}
-        self._channels = Channels(os.path.abspath(connection.getpeername()), greeting)
+        supervised = bool(reply.get("supervised"))
+        self._channels = Channels(os.path.abspath(connection.getpeername()), greeting, supervised)
         status, commands = descriptors
         try:
             self._status = _native.map_status(status)
@@ -127,6 +128,12 @@ class Client:
             protocol.send(self._connection, message | {"id": self._number}, descriptors)
             while True:
                 reply, received = protocol.receive(self._connection)
+                if "resumed" in reply:
+                    # A new kernel has taken over. What the old one answered came before this; so it did not answer
+                    # this request, or the new one has it already and knows by its number that it is the same.
+                    self.kernel_pid = reply["pid"]
+                    protocol.send(self._connection, message | {"id": self._number}, descriptors)
+                    continue
                 if reply.get("id", self._number) == self._number:
                     break
                 protocol.close_all(received)  # the answer to a request that Ctrl-C took us away from
@@ -239,8 +246,8 @@ class Client:
 
         Raises:
             FileNotFoundError, IsADirectoryError, PermissionError: as ``open`` raises them.
-            ValueError: not a regular file, an empty file, an offset or length outside it, a bad mode, page size or fault_around;
-                mode ``"w+"`` without a length; storage_options without a URL.
+            ValueError: not a regular file, an empty file, an offset or length outside it, a bad mode,
+                page size or fault_around; mode ``"w+"`` without a length; storage_options without a URL.
             StoreError: the URL cannot be read; or a store that does not grow.
             Unsupported: a store that cannot be written to, in mode ``"r+"``; a URL in mode ``"w+"``.
             OutOfFrames: a page of this size does not fit the kernel's budget.
@@ -512,12 +519,11 @@ def connect(
         KernelUnavailable: none listens there; it is of another version, or of another user.
         Unsupported: not Linux.
     """
-    if socket is not None:
-        return Client(_dial(Path(socket)), grace, homing=homing, sticky=sticky)
-    path = protocol.default_socket()
+    path = Path(socket) if socket is not None else protocol.default_socket()
+    dial = _dial if socket is not None else _dial_or_start
     for attempt in range(_TRIES):
         try:
-            return Client(_dial_or_start(path), grace, homing=homing, sticky=sticky)
+            return Client(dial(path), grace, homing=homing, sticky=sticky)
         except KernelUnavailable as error:
             if attempt == _TRIES - 1 or not isinstance(error.__cause__, EOFError | OSError):
                 raise
@@ -545,7 +551,7 @@ def _dial_or_start(path: Path) -> socket.socket:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with contextlib.suppress(KernelUnavailable):
             return _dial(path)  # another client has started it meanwhile
-        launch(path, linger=_LINGER, all_cpus=True).leave()  # it is for all processes of the user
+        launch(path, linger=_LINGER, all_cpus=True, supervise=True).leave()  # it is for all processes of the user
         return _dial(path)
     finally:
         os.close(lock)

@@ -240,6 +240,8 @@ class SharedFCM(FileCacheManager):
         policy: which pages go first.
         hints: where the fault path says that read-ahead is due; None: there is no read-ahead.
         id: names this FCM there.
+        left: of a kernel that has gone: descriptors of frames and journal, which are taken over, and how many pages
+            the file has. None: a new cache.
     """
 
     transfers: ClassVar[tuple[str, ...]] = ("pages",)
@@ -258,6 +260,7 @@ class SharedFCM(FileCacheManager):
             policy: Policy = Policy.FIFO,
             hints: _native.HintQueue | None = None,
             id: int = 0,
+            left: tuple[int, int, int] | None = None,
         ) -> None:
             if global_pm is None or fr is None:
                 return  # they come with the state of another implementation
@@ -277,19 +280,22 @@ class SharedFCM(FileCacheManager):
             self.sequential = False  # pages are used once, in order
             self.failed_until = 0.0  # monotonic time until which the store is not asked to take pages
             self.flushing = threading.Lock()  # protects the order of resize and flush; before all native locks
-            pages = pages_of(fr.size())
-            frames = journal = -1
+            frames, journal, pages = left or (-1, -1, pages_of(fr.size()))
             try:
-                frames = os.memfd_create("k42:" + os.path.basename(fr.name())[:48], os.MFD_CLOEXEC)
-                journal = os.memfd_create("k42-journal", os.MFD_CLOEXEC)
+                if left is None:
+                    frames = os.memfd_create("k42:" + os.path.basename(fr.name())[:48], os.MFD_CLOEXEC)
+                    journal = os.memfd_create("k42-journal", os.MFD_CLOEXEC)
                 os.ftruncate(frames, pages * PAGE)
-                os.ftruncate(journal, pages)
+                os.ftruncate(journal, max(pages, os.fstat(journal).st_size))
                 if backing is Backing.FILE:
                     os.fchmod(frames, 0o400)  # a reader cannot get a writable descriptor by way of /proc
                 fill = 0 if self.anonymous else 1
                 self.cache = _native.FileCache(
                     global_pm.native(), frames, journal, pages, fill, backing, policy, cpus, self.tables
                 )
+                frames = journal = -1  # its own
+                if left is not None:
+                    global_pm.allocate(self.cache.restore(), backing)
             except BaseException:
                 for descriptor in (frames, journal):
                     if descriptor >= 0:

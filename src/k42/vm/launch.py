@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from k42.vm import protocol
+from k42.vm import protocol, supervisor
 from k42.vm.errors import KernelUnavailable
 
 _START_LIMIT = 30.0  # seconds
@@ -74,6 +74,7 @@ def launch(
     sticky: bool = True,
     swap: bool = True,
     policy: str | None = None,
+    supervise: bool = False,
 ) -> KernelProcess:
     """Starts ``k42 serve`` and returns when it answers.
 
@@ -88,13 +89,15 @@ def launch(
         sticky: keep a thread on its CPU while it faults.
         swap: write anonymous memory that was made with overcommit to a swap file when frames run out.
         policy: which pages are given back first, as ``k42 serve --policy`` has it; None: its default.
+        supervise: if the kernel dies, another takes over from it, and clients notice nothing but the time it takes. The
+            process is then the supervisor (`k42.vm.supervisor`), of which the kernel is a child.
 
     Raises:
         KernelUnavailable: it ended at once, or does not answer; the message says where its log is.
     """
     path = Path(socket)
     log = path.with_suffix(".log")
-    command = [sys.executable, "-m", "k42", "serve", "--socket", str(path)]
+    command = [*(supervisor_command() if supervise else kernel_command()), "--socket", str(path)]
     if budget is not None:
         command += ["--budget", str(budget)]
     if linger is not None:
@@ -131,6 +134,16 @@ def launch(
     return KernelProcess(process, path, log)
 
 
+def kernel_command() -> list[str]:
+    """What runs a kernel; its arguments follow."""
+    return [sys.executable, "-m", "k42", "serve"]
+
+
+def supervisor_command() -> list[str]:
+    """What runs a kernel under a supervisor, whose file needs nothing of k42: the kernel's arguments follow."""
+    return [sys.executable, "-I", supervisor.__file__]
+
+
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
@@ -139,7 +152,8 @@ def _answers(path: Path, pid: int) -> bool:
     """Whether it is this process that listens: another kernel may be there already."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe, contextlib.suppress(OSError):
         probe.connect(str(path))
-        return protocol.peer(probe)[0] == pid
+        there = protocol.peer(probe)[0]
+        return there == pid or Path(f"/proc/{there}/stat").read_text().rsplit(") ", 1)[1].split()[1] == str(pid)
     return False
 
 

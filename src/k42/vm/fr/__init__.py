@@ -3,6 +3,7 @@
 from k42.vm.fr.compressed import CompressedFR, compress
 from k42.vm.fr.file import FileFR
 from k42.vm.fr.interface import FileRepresentative, Traits
+from k42.vm.fr.resumed import ResumedFR
 from k42.vm.fr.swap import SwapFR
 from k42.vm.fr.url import UrlFR
 from k42.vm.fr.user import Store, UserFR
@@ -12,6 +13,7 @@ __all__ = [
     "CompressedFR",
     "FileFR",
     "FileRepresentative",
+    "ResumedFR",
     "Store",
     "SwapFR",
     "Traits",

@@ -11,7 +11,7 @@ import errno
 import os
 import tempfile
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import k42
@@ -47,6 +47,7 @@ class SwapFR(FileRepresentative):
             # Protects `descriptor` and `pages`; not held in I/O. The last in the order of locks.
             self.lock = threading.Lock()
             self.descriptor = descriptor
+            self.made: Callable[[int], None] | None = None  # is told the descriptor of a new file before it is used
             self.folder = "swap space"
             self.pages = PageSet()
             if descriptor is not None:
@@ -164,6 +165,8 @@ class SwapFR(FileRepresentative):
                 root.folder = str(folder)
                 try:
                     with tempfile.TemporaryFile(prefix="k42-swap-", dir=folder, buffering=0) as file:
+                        if root.made:
+                            root.made(file.fileno())
                         root.descriptor = os.dup(file.fileno())
                 except OSError as error:
                     raise self._failed(error, None) from error

@@ -15,13 +15,22 @@ class UffdHat(Hat):
         region_map: the process's.
         cpus: how many CPUs the kernel serves.
         most_spans: of 2 MiB; where the client's windows have page tables for more, those of idle ones are freed.
+        left: descriptors of the status page and of the commands that a kernel left which has gone; taken over. None:
+            new ones are made.
     """
 
     class Root(k42.SharedRoot):
         """Holds the native half."""
 
-        def __init__(self, id: int, region_map: _native.RegionMap, cpus: int, most_spans: int) -> None:
-            self.hat = _native.UffdHat(id, region_map, cpus, most_spans)
+        def __init__(
+            self,
+            id: int,
+            region_map: _native.RegionMap,
+            cpus: int,
+            most_spans: int,
+            left: tuple[int, int] | None = None,
+        ) -> None:
+            self.hat = _native.UffdHat(id, region_map, cpus, most_spans, *(left or (-1, -1)))
 
     root: Root
 

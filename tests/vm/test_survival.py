@@ -1,0 +1,440 @@
+"""The kernel is killed at any instant: under a supervisor another goes on, and clients notice nothing but the time."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from vm_support import PAGE, Raw, frame_bytes, has_ended, until, words
+
+from k42 import vm
+
+ROUNDS = int(os.environ.get("K42_KILL_ROUNDS", "24"))
+"""How often the kernel is killed in the tests that kill at random; more by this variable."""
+
+
+def kernel_of(supervisor: vm.KernelProcess) -> int:
+    """The kernel's process at this moment, if need be the next."""
+
+    def child() -> int:
+        children = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()
+        return int(children[0]) if children and not has_ended(int(children[0])) else 0
+
+    return until(child, "there is a kernel")
+
+
+def kill(supervisor: vm.KernelProcess) -> None:
+    """kill -9 of the kernel; returns when it is dead."""
+    pid = kernel_of(supervisor)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: has_ended(pid), "it is dead")
+
+
+@pytest.fixture
+def supervised(kernels):
+    """Starts a kernel under a supervisor when called."""
+    return lambda budget=64 << 20, **options: kernels(budget, supervise=True, **options)
+
+
+# Each thread has a part of the file, and of anonymous memory, in which it alone writes, and knows what it wrote. What a
+# flush has returned for must be in the file; what it has not may be, too, but not older than that.
+WORK = """
+    import random, struct, time
+    socket, path, other, seed = sys.argv[1:]
+    PAGES, THREADS = 96, 2  # for each thread
+    client = vm.connect(socket, grace=30)
+    descriptor = os.open(path, os.O_RDONLY)
+    wanted = open(other, "rb").read()
+    shared = client.open(path, "r+")
+    memory = client.anonymous(THREADS * PAGES * 4096, overcommit=True)
+    reserved = client.anonymous(THREADS * 4096)
+    counts = dict.fromkeys(("writes", "reads", "flushes", "maps"), 0)
+    stop = threading.Event()
+    def wrong(*what):
+        os.write(1, f"WRONG {what}\\n".encode())
+        os._exit(1)
+    def value(me, page, generation):
+        return struct.pack("<QQ", me << 48 | page << 32 | generation, 0xfeed) * 256
+    def work(me):
+        chosen = random.Random(f"{seed} {me}")
+        start = me * PAGES
+        views = memoryview(shared), memoryview(memory)
+        known = [[0] * PAGES, [0] * PAGES]  # generation by page
+        def check(which, page):
+            generation = known[which][page]
+            at = (start + page) * 4096
+            found = bytes(views[which][at : at + 4096])
+            if found != (value(me, page, generation) if generation else bytes(4096)):
+                wrong("shared memory".split()[which], me, page, generation, found[:32])
+            counts["reads"] += 1
+        generation = 0
+        while not stop.is_set():
+            what = chosen.random()
+            page = chosen.randrange(PAGES)
+            which = chosen.randrange(2)
+            if what < 0.45:
+                generation += 1
+                at = (start + page) * 4096
+                views[which][at : at + 4096] = value(me, page, generation)
+                known[which][page] = generation
+                counts["writes"] += 1
+            elif what < 0.9:
+                check(which, page)
+            elif what < 0.94:
+                count = chosen.randrange(1, 9)
+                page = min(page, PAGES - count)
+                shared.flush((start + page) * 4096, count * 4096)
+                for each in range(page, page + count):
+                    stored = os.pread(descriptor, 4096, (start + each) * 4096)
+                    generation_then = known[0][each]
+                    if stored != (value(me, each, generation_then) if generation_then else bytes(4096)):
+                        wrong("file", me, each, generation_then, stored[:32])
+                counts["flushes"] += 1
+            elif what < 0.97:
+                page = chosen.randrange(len(wanted) // 4096 - 4)
+                with client.open(other, offset=page * 4096, length=4 * 4096) as mapping:
+                    if bytes(mapping) != wanted[page * 4096 : (page + 4) * 4096]:
+                        wrong("read-only", page)
+                counts["maps"] += 1
+            else:
+                with client.anonymous(4096) as fresh:
+                    if bytes(fresh) != bytes(4096):
+                        wrong("fresh")
+                    fresh[:5] = b"fresh"
+                    if fresh[:6] != b"fresh\\0":
+                        wrong("fresh again")
+                counts["maps"] += 1
+            if which == 0 and reserved[me * 4096] != me + 1:
+                wrong("reserved")
+        for page in range(PAGES):
+            check(0, page), check(1, page)
+        for view in views:
+            view.release()
+        final[me] = known[0]
+    for me in range(THREADS):
+        reserved[me * 4096] = me + 1
+    final = {}
+    threads = [threading.Thread(target=work, args=(me,)) for me in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    say("working")
+    signal.alarm(0)
+    sys.stdin.readline()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    shared.flush()
+    stored = open(path, "rb").read()
+    for me, known in final.items():
+        for page, generation in enumerate(known):
+            at = (me * PAGES + page) * 4096
+            if stored[at : at + 4096] != (value(me, page, generation) if generation else bytes(4096)):
+                wrong("the file at the end", me, page, generation)
+    for mapping in (shared, memory, reserved):
+        mapping.close()
+    client.close()
+    say(min(counts.values()) > 0, counts)
+    """
+
+
+@pytest.mark.parametrize("budget", [256, 48], ids=lambda pages: f"{pages} pages")
+def test_killed_at_random_while_clients_read_and_write(supervised, script, folder, budget):
+    kernel = supervised(budget * PAGE)
+    other = folder / "other"
+    other.write_bytes(words(100 * PAGE))
+    seed = random.randrange(1 << 32)
+    chosen = random.Random(seed)
+    clients = []
+    for n in range(2):
+        path = folder / f"file{n}"
+        path.write_bytes(bytes(2 * 96 * PAGE))
+        clients.append(script(WORK, kernel.socket, path, other, f"{seed} {n}"))
+    for client in clients:
+        assert client.line() == "working"
+    with vm.connect(kernel.socket, grace=60) as watcher:
+        for round_ in range(ROUNDS // 2):
+            time.sleep(chosen.random() * 0.4)
+            if chosen.random() < 0.8:
+                watcher.stat()  # it serves: else it may be just taking over
+            kill(kernel)
+            assert all(client.process.poll() is None for client in clients), (seed, round_)
+        assert watcher.stat()["deaths"] == ROUNDS // 2
+    for client in clients:
+        client.tell()
+    for client in clients:
+        last = client.rest()
+        assert client.finish() == 0, (seed, last, client.stderr())
+        assert "WRONG" not in last, (seed, last)
+
+
+def test_a_fault_that_waits_is_served_by_the_next(supervised, script, folder):
+    kernel = supervised(1 << 20)
+    path = folder / "file"
+    path.write_bytes(words(1 << 20))
+    code = """
+        mapping = vm.connect(sys.argv[1]).open(sys.argv[2])
+        say(mapping[0])
+        sys.stdin.readline()
+        say(bytes(mapping[4096 * 200 : 4096 * 201]) == open(sys.argv[2], "rb").read()[4096 * 200 : 4096 * 201])
+        """
+    reader = script(code, kernel.socket, path)
+    assert reader.line() == "1"
+    os.kill(kernel_of(kernel), signal.SIGSTOP)
+    reader.tell()
+    time.sleep(0.2)  # by now it waits; and if not, the test says as much of less
+    kill(kernel)
+    assert reader.line() == "True"
+    assert reader.finish() == 0
+
+
+def test_what_is_dirty_and_not_flushed_survives(supervised, script, folder):
+    kernel = supervised(1 << 20)
+    path = folder / "file"
+    path.write_bytes(bytes(64 * PAGE))
+    with vm.connect(kernel.socket) as client:
+        mapping = client.open(path, "r+")
+        memory = client.anonymous(64 * PAGE)
+        for page in range(64):
+            mapping[page * PAGE : page * PAGE + 4] = page.to_bytes(4, "little")
+            memory[page * PAGE : page * PAGE + 4] = page.to_bytes(4, "little")
+        before = client.stat()
+        kill(kernel)
+        after = client.stat()
+        assert after["deaths"] == 1
+        assert after["pid"] == client.kernel_pid != before["pid"]
+        assert after["frames"] == before["frames"]
+        for page in range(64):
+            assert mapping[page * PAGE : page * PAGE + 4] == page.to_bytes(4, "little")
+            assert memory[page * PAGE : page * PAGE + 4] == page.to_bytes(4, "little")
+        mapping.flush()
+        assert path.read_bytes() == bytes(mapping)
+        mapping.close()
+        memory.close()
+        until(lambda: client.stat()["frames"]["reserved"] == 0, "anonymous memory is given back")
+
+
+def test_requests_that_are_cut_off_are_made_again(supervised, script, folder):
+    # A stopped kernel has read nothing of what is asked for; the next finds it in the socket.
+    kernel = supervised(8 << 20)
+    path = folder / "file"
+    path.write_bytes(words(64 * PAGE))
+    code = """
+        client = vm.connect(sys.argv[1])
+        mapping = client.open(sys.argv[2], "r+")
+        mapping[:5] = b"first"
+        for what in sys.stdin:
+            match what.strip():
+                case "map":
+                    with client.anonymous(4096) as memory:
+                        memory[0] = 7
+                        say(memory[0])
+                case "open":
+                    with client.open(sys.argv[2]) as other:
+                        say(other[:5].decode())
+                case "flush":
+                    mapping[:5] = b"other"
+                    mapping.flush()
+                    say(open(sys.argv[2], "rb").read(5).decode())
+                case "resize":
+                    mapping.resize(100 * 4096)
+                    say(os.path.getsize(sys.argv[2]) // 4096, mapping[99 * 4096])
+                case "prefetch":
+                    mapping.prefetch()
+                    say("there")
+                case "connect":
+                    with vm.connect(sys.argv[1]) as other, other.anonymous(4096) as memory:
+                        say(memory[0])
+        """
+    client = script(code, kernel.socket, path)
+    for what, answer in {
+        "map": "7", "open": "first", "flush": "other", "resize": "100 0", "prefetch": "there", "connect": "0",
+    }.items():  # fmt: skip
+        os.kill(kernel_of(kernel), signal.SIGSTOP)
+        client.tell(what)
+        time.sleep(0.1)
+        kill(kernel)
+        assert client.line() == answer
+        client.tell(what)  # and it goes on
+        assert client.line() == answer
+
+
+def test_stopped_and_continued(supervised, kernels, script, folder):
+    kernel = kernels(1 << 20)
+    path = folder / "file"
+    path.write_bytes(words(4 << 20))
+    code = """
+        wanted = open(sys.argv[2], "rb").read()
+        mapping = vm.connect(sys.argv[1], grace=0.2).open(sys.argv[2])
+        for _ in range(40):
+            assert bytes(mapping) == wanted
+        """
+    reader = script(code, kernel.socket, path)
+    while reader.process.poll() is None:
+        os.kill(kernel.pid, signal.SIGSTOP)
+        time.sleep(0.05)
+        os.kill(kernel.pid, signal.SIGCONT)
+        time.sleep(0.05)
+    reader.good()
+
+
+def test_the_end_of_the_supervisor_ends_the_kernel(supervised, kernels, folder):
+    kernel = supervised(1 << 20)
+    path = folder / "file"
+    path.write_bytes(bytes(4 * PAGE))
+    pid = kernel_of(kernel)
+    with vm.connect(kernel.socket, grace=0.1) as client:
+        mapping = client.open(path, "r+")
+        mapping[:4] = b"last"
+        kernels.kill(kernel)
+        until(lambda: has_ended(pid), "the kernel ends")
+        assert path.read_bytes()[:4] == b"last"  # cleanly
+        with pytest.raises(vm.KernelUnavailable):
+            client.stat()
+        with pytest.raises(vm.KernelUnavailable):
+            mapping.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_to_the_supervisor_end_the_kernel_cleanly(supervised, number):
+    kernel = supervised(1 << 20)
+    pid = kernel_of(kernel)
+    os.kill(kernel.pid, number)
+    assert kernel._process.wait(60) == 0
+    assert has_ended(pid)
+    assert not kernel.socket.exists()
+
+
+def test_who_refuses_to_start_is_not_started_again(folder):
+    with pytest.raises(vm.KernelUnavailable, match="at least one page") as caught:
+        vm.launch(folder / "kernel.sock", 1, supervise=True)
+    assert "status 2" in str(caught.value)
+    assert "starting another" not in (folder / "kernel.log").read_text()
+
+
+def test_a_kernel_that_dies_again_and_again_is_given_up(supervised, kernels, script):
+    kernel = supervised(1 << 20)
+    code = """
+        client = vm.connect(sys.argv[1], grace=0.1)
+        memory = client.anonymous(40960)
+        memory[0] = 1
+        say("there")
+        sys.stdin.readline()
+        memory[4096]
+        """
+    client = script(code, kernel.socket)
+    client.line()
+    dead: set[int] = set()
+    while kernel._process.poll() is None:
+        children = Path(f"/proc/{kernel.pid}/task/{kernel.pid}/children")
+        for pid in children.read_text().split() if children.exists() else ():
+            if int(pid) not in dead:
+                dead.add(int(pid))
+                os.kill(int(pid), signal.SIGABRT)  # before it can have served
+        time.sleep(0.002)
+    assert kernel._process.returncode == 1
+    assert "giving up after 5 deaths" in kernel.log.read_text()
+    kernels._started.remove(kernel)
+    client.tell()
+    assert client.finish() == -signal.SIGBUS, client.stderr()
+
+
+def test_clients_that_die_meanwhile_are_cleaned_up(supervised, script, folder):
+    kernel = supervised(4 << 20)
+    path = folder / "file"
+    path.write_bytes(words(64 * PAGE))
+    code = """
+        client = vm.connect(sys.argv[1])
+        memory = client.anonymous(1 << 20)
+        memory[:: 4096] = b"x" * 256
+        mapping = client.open(sys.argv[2], "r+")
+        mapping[:4] = b"mine"
+        say("there")
+        sys.stdin.readline()
+        """
+    with vm.connect(kernel.socket) as watcher:
+        nothing = watcher.stat()["frames"]["promised_anonymous"]
+        for _ in range(4):
+            client = script(code, kernel.socket, path)
+            client.line()
+            os.kill(kernel_of(kernel), signal.SIGSTOP)
+            client.process.kill()
+            client.finish()
+            kill(kernel)
+            stat = until(lambda: len((found := watcher.stat())["clients"]) == 1 and found, "it is gone")
+            assert stat["frames"]["reserved"] == 0
+            assert stat["frames"]["promised_anonymous"] == nothing
+            until(lambda: path.read_bytes()[:4] == b"mine", "what it wrote is written")
+            path.write_bytes(words(64 * PAGE))
+        assert frame_bytes(kernel_of(kernel)) <= 4 << 20
+
+
+def test_clients_killed_at_any_instant_cost_nothing(shared_kernel, script, folder):
+    path = folder / "file"
+    path.write_bytes(bytes(200 * PAGE))
+    code = """
+        import random
+        client = vm.connect(sys.argv[1])
+        say("there")
+        while True:
+            with client.anonymous(1 << 20, overcommit=True) as memory, client.open(sys.argv[2], "r+") as mapping:
+                for page in range(200):
+                    memory[page * 4096] = mapping[page * 4096] = 1
+                mapping.flush()
+        """
+    with vm.connect(shared_kernel.socket) as watcher:
+        for n in range(12):
+            client = script(code, shared_kernel.socket, path)
+            client.line()
+            time.sleep(random.random() * 0.05 * (n % 4))
+            client.process.kill()
+            client.finish()
+        stat = until(lambda: len((found := watcher.stat())["clients"]) == 1 and found, "all are gone")
+        assert stat["frames"]["overcommitted"] == stat["frames"]["reserved"] == 0
+        assert stat["frames"]["promised_anonymous"] == 0
+        with watcher.open(path) as mapping:
+            assert bytes(mapping) == path.read_bytes()
+
+
+def test_a_stopped_client_holds_nobody_up(kernels, script, folder):
+    # It has dirty pages, to be protected before they are written back, and clean ones to be unmapped softly.
+    kernel = kernels(64 * PAGE)
+    path = folder / "file"
+    path.write_bytes(bytes(256 * PAGE))
+    code = """
+        client = vm.connect(sys.argv[1])
+        mapping = client.open(sys.argv[2], "r+")
+        for page in range(40):
+            mapping[page * 4096] = 1
+        say("dirty")
+        sys.stdin.readline()
+        say(bytes(mapping[: 40 * 4096 : 4096]) == b"\\1" * 40)
+        """
+    stopped = script(code, kernel.socket, path)
+    stopped.line()
+    os.kill(stopped.pid, signal.SIGSTOP)
+    with vm.connect(kernel.socket) as client, client.open(path, "r+") as mapping:
+        for page in range(256):
+            mapping[page * PAGE + 1] = 2
+        mapping.flush()
+        stored = path.read_bytes()
+        assert stored[: 40 * PAGE : PAGE] == b"\1" * 40
+        assert stored[1::PAGE] == b"\2" * 256
+        memory = client.anonymous(32 * PAGE)
+        memory[:] = b"z" * (32 * PAGE)
+    os.kill(stopped.pid, signal.SIGCONT)
+    stopped.tell()
+    assert stopped.line() == "True"
+
+
+def test_a_take_over_with_a_client_that_reads_nothing(supervised, folder):
+    kernel = supervised(1 << 20)
+    with Raw(kernel.socket) as raw, vm.connect(kernel.socket) as client:
+        assert raw.ask({"op": "hello", "version": 1})["supervised"]
+        for _ in range(3):
+            kill(kernel)
+            with client.anonymous(PAGE) as memory:
+                assert memory[0] == 0
