@@ -17,7 +17,7 @@ from vm_support import PAGE, Raw, Script, descriptors_of, until, words
 
 from k42 import _native, vm
 
-HELLO = {"op": "hello", "version": 1}
+HELLO = {"op": "hello", "version": 2}
 
 
 class Scene:
@@ -301,7 +301,7 @@ def test_hellos_that_are_not_finished(scene):
             with scene.raw(greeted=False):
                 pass
             with scene.raw(greeted=False) as raw:
-                raw.socket.send(b'{"op": "hello", "version": 1}')  # gone before the reply
+                raw.socket.send(b'{"op": "hello", "version": 2}')  # gone before the reply
             with scene.raw(greeted=False) as raw:
                 raw.socket.shutdown(socket.SHUT_WR)
 

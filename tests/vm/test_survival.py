@@ -433,7 +433,7 @@ def test_a_stopped_client_holds_nobody_up(kernels, script, folder):
 def test_a_take_over_with_a_client_that_reads_nothing(supervised, folder):
     kernel = supervised(1 << 20)
     with Raw(kernel.socket) as raw, vm.connect(kernel.socket) as client:
-        assert raw.ask({"op": "hello", "version": 1})["supervised"]
+        assert raw.ask({"op": "hello", "version": 2})["supervised"]
         for _ in range(3):
             kill(kernel)
             with client.anonymous(PAGE) as memory:

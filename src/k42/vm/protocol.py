@@ -17,7 +17,7 @@ from typing import Any
 
 from k42.vm.errors import KernelUnavailable, OutOfFrames, ProtocolError, StoreError, Unsupported
 
-VERSION = 1
+VERSION = 2
 PAGE = 4096
 """The unit of budget and of page descriptors, in bytes."""
 MAX_GROUP = 512
