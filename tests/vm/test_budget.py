@@ -191,7 +191,7 @@ def test_overcommitted_memory_runs_out(kernel_of, connect, script, page_size):
     kernel = kernel_of(64 * PAGE)
     code = """
         client = vm.connect(sys.argv[1])
-        memory = client.anonymous(1 << 30, page_size=int(sys.argv[2]), overcommit=True)
+        memory = memoryview(client.anonymous(1 << 30, page_size=int(sys.argv[2]), overcommit=True))
         for page in range(1 << 18):
             memory[page * 4096] = 1
             if page % 16 == 15:
@@ -228,14 +228,14 @@ def test_a_tebibyte_costs_nothing_until_touched(kernels, connect):
         memory[i * (10 << 30) + 5] = i
     assert [memory[i * (10 << 30) + 5] for i in range(100)] == list(range(100))
     assert memory[-1] == 0
-    assert client.stat()["frames"]["overcommitted"] == 101
+    assert client.stat()["frames"]["file"] == 101  # it can be swapped out
     assert resident(kernel.pid) - before[1] < 10 << 20
     memory.close()
-    assert client.stat()["frames"]["overcommitted"] == 0
+    assert client.stat()["frames"]["file"] == 0
 
 
 @pytest.mark.parametrize("kind", ["anonymous", "file"])
-def test_a_resident_page_costs_64_bytes(kernels, connect, folder, kind):
+def test_a_resident_page_costs_48_bytes(kernels, connect, folder, kind):
     pages = 20_000
     kernel = kernels(256 << 20)
     client = connect(kernel)
@@ -250,8 +250,8 @@ def test_a_resident_page_costs_64_bytes(kernels, connect, folder, kind):
     grown = anonymous_bytes(kernel.pid) - before
     [counts] = client.stat()["files"]
     assert counts["descriptors"] == pages + 2000
-    assert counts["table_bytes"] <= 64 * counts["descriptors"]
-    assert grown <= 64 * pages
+    assert counts["table_bytes"] <= 48 * counts["descriptors"]
+    assert grown <= 48 * pages
     mapping.close()
 
 

@@ -28,10 +28,10 @@ def test_signals_end_it_cleanly(folder, script, number, busy):
     with vm.launch(path, 1 << 20) as kernel:
         if busy:
             code = """
-                mapping = vm.connect(sys.argv[1], grace=0.1).open(sys.argv[2])
+                mapping = memoryview(vm.connect(sys.argv[1], grace=0.1).open(sys.argv[2]))
                 say("ready")
                 while True:
-                    mapping[::4096]
+                    bytes(mapping[::4096])
                 """
             client = script(code, path, file)
             client.line()

@@ -113,7 +113,7 @@ def test_the_death_of_a_child_does_not_disturb_the_parents_watch(kernels, script
             signal.pause()
         say(child)
         sys.stdin.readline()
-        mapping[0]
+        memoryview(mapping)[0]
         """
     parent = script(code, kernel.socket, path, options=FORKING)
     child = int(parent.line())

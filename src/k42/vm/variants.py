@@ -25,7 +25,8 @@ class Variants:
 
     process: type[SharedProcess] | type[DistributedProcess] = DistributedProcess
     region: type[SharedRegion] | type[DistributedRegion] = DistributedRegion
-    fcm: type[SharedFCM] = ReplicatedFCM
+    # Copies of descriptors cost 100 bytes a page and processor: worth it only for files that many processors share.
+    fcm: type[SharedFCM] = SharedFCM
     global_pm: type[SharedGlobalPM] | type[DistributedGlobalPM] = DistributedGlobalPM
 
     adapt: bool = False
