@@ -141,6 +141,18 @@ PyObject* complete_io(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     return PyLong_FromLong(long(outcome));
 }
 
+PyObject* begin_fill(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t first;
+    uint32_t count;
+    if (!unpack("begin_fill", args, nargs, first, count) || !to_run(first, count)) return nullptr;
+    vm::FileCache::Run run;
+    {
+        Detached detached;
+        run = cache_of(self).begin_fill({first, count});
+    }
+    return run_of(run);
+}
+
 PyObject* complete_prefetch(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t first;
     uint32_t count;
@@ -396,6 +408,8 @@ PyMethodDef methods[] = {
     {"complete_io", fast(complete_io), METH_FASTCALL,
      "complete_io(hat, cpu, address, write, tracked, page, first, count, begin, end): the run is filled: resident, "
      "waiters woken, and what of it lies in pages [begin, end) mapped."},
+    {"begin_fill", fast(begin_fill), METH_FASTCALL,
+     "begin_fill(first, count): the same with the first absent run in the range; (first, 0): there is none."},
     {"complete_prefetch", fast(complete_prefetch), METH_FASTCALL,
      "complete_prefetch(first, count): the run is filled, and no fault waits to be mapped."},
     {"abort_io", fast(abort_io), METH_FASTCALL, "abort_io(first, count): the run is absent again, waiters woken."},

@@ -286,13 +286,26 @@ Outcome FileCache::resolve(const FaultAt& fault, uint64_t page, Run group, Run a
 FileCache::Run FileCache::begin_io(uint64_t page, Run within) {
     Page* pages[kMaxGroup];
     table_->lock(within.first, within.count, pages);
-    Run run{page, 0};
-    if (pages[page - within.first]->state() == PageState::absent && page < this->pages()) {
-        run = run_around(pages, within.first, within.count, page);
-        run.count = uint32_t(std::min<uint64_t>(run.count, this->pages() - run.first));
-        for (uint32_t i = 0; i < run.count; ++i) pages[run.first - within.first + i]->set_state(PageState::io);
-    }
+    const Run run = begin_locked(page, within, pages);
     table_->unlock(pages, within.count);
+    return run;
+}
+
+FileCache::Run FileCache::begin_fill(Run within) {
+    Page* pages[kMaxGroup];
+    table_->lock(within.first, within.count, pages);
+    uint32_t at = 0;
+    while (at < within.count && pages[at]->state() != PageState::absent) ++at;
+    const Run run = at < within.count ? begin_locked(within.first + at, within, pages) : Run{within.first, 0};
+    table_->unlock(pages, within.count);
+    return run;
+}
+
+FileCache::Run FileCache::begin_locked(uint64_t page, Run within, Page** pages) {
+    if (pages[page - within.first]->state() != PageState::absent || page >= this->pages()) return {page, 0};
+    Run run = run_around(pages, within.first, within.count, page);
+    run.count = uint32_t(std::min<uint64_t>(run.count, this->pages() - run.first));
+    for (uint32_t i = 0; i < run.count; ++i) pages[run.first - within.first + i]->set_state(PageState::io);
     return run;
 }
 

@@ -92,6 +92,8 @@ class FileCache {
 
     // Marks the absent run around `page` within the range as in I/O for the caller; {_, 0} when `page` is not absent.
     Run begin_io(uint64_t page, Run within);
+    // The same with the first absent run in the range, for who brings in what is absent; {_, 0}: there is none.
+    Run begin_fill(Run within);
     // The run is filled: makes it resident, wakes those who waited; and with a `fault` maps for it what lies in the
     // pages [begin, end) that its region shows.
     Outcome complete_io(const FaultAt* fault, uint64_t page, Run run, uint64_t begin, uint64_t end);
@@ -184,6 +186,7 @@ class FileCache {
     static constexpr uint8_t kStored = 4;  // of anonymous memory: the store holds a page
     static constexpr uint32_t kOnePin = 16, kMostPins = 15;  // of 15 pins and more the number is not known
 
+    Run begin_locked(uint64_t page, Run within, Page** pages);
     Outcome resolve_resident(const FaultAt& fault, Page* page, Run around);
     Outcome map_run(const FaultAt& fault, uint64_t page, Run run, bool writable);
     Outcome zero_run(const FaultAt& fault, uint64_t page, Run run, Page** pages);

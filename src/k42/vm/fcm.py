@@ -382,7 +382,7 @@ class SharedFCM(FileCacheManager):
 
     def _read_ahead(self, first: int, end: int, pm: PageManager | _Ahead) -> None:
         with contextlib.suppress(StoreError, OutOfFrames, k42.Destroyed):  # whoever touches the pages will be told
-            self.prefetch(first, end, pm)
+            self._bring_in(first, end, pm)
 
     def hinted(self, page: int) -> None:
         """Reads ahead; see `FileCacheManager.hinted`."""
@@ -437,21 +437,26 @@ class SharedFCM(FileCacheManager):
 
     def prefetch(self, first: int, end: int, pm: PageManager | _Ahead) -> int:
         """Brings pages in; see `FileCacheManager.prefetch`."""
+        cache = self.root.cache
+        end = min(end, cache.pages())
+        self._bring_in(first, end, pm)
+        return end - first - sum(count for _, count in cache.absent_runs(first, end, end - first))
+
+    def _bring_in(self, first: int, end: int, pm: PageManager | _Ahead) -> None:
         root = self.root
         cache = root.cache
         failures: list[Exception] = []
         room = root.global_pm.prefetchable()
-        for start, count in cache.absent_runs(first, end, room):
-            while count:
-                begun, got = cache.begin_io(start, start, count)
-                if got:
-                    self._fill(begun, got, pm, functools.partial(cache.complete_prefetch, begun, got), failures.append)
-                    if failures:
-                        raise failures[0]
-                else:
-                    got = 1  # somebody else brings it in, or has
-                start, count = start + got, count - got
-        return min(end, cache.pages()) - first - sum(count for _, count in cache.absent_runs(first, end, end - first))
+        while first < end and room > 0:
+            within = min(end - first, MAX_GROUP, room)
+            begun, got = cache.begin_fill(first, within)
+            if not got:  # others bring it in, or have
+                first += within
+                continue
+            self._fill(begun, got, pm, functools.partial(cache.complete_prefetch, begun, got), failures.append)
+            if failures:
+                raise failures[0]
+            first, room = begun + got, room - got
 
     def give_back(self, frames: int) -> int:
         """Evicts pages; see `FileCacheManager.give_back`."""
@@ -570,7 +575,7 @@ class SharedFCM(FileCacheManager):
                 for _ in range(8):  # pages may go again before they are pinned
                     if cache.pin(done, count):
                         break
-                    self.prefetch(done, done + count, pm)
+                    self._bring_in(done, done + count, pm)
                 else:
                     raise OutOfFrames(f"{end - first} pages to pin do not fit the kernel's budget")
                 done += count
