@@ -596,7 +596,7 @@ class Kernel:
             self._caches.let_go(cached, writer=writer)
             raise
         follows = message.get("mode") != "c"  # private copies are in the window alone: it is never mapped anew
-        record = {"cache": cached.number, "size": size, "first": first, "group": group, "around": around}
+        record: Message = {"cache": cached.number, "size": size, "first": first, "group": group, "around": around}
         record |= {"request": message.get("id")}
         record |= {"tracked": tracked, "writer": writer, "follows": follows}
         mapped = _Mapped(region, cached, writer, base, size, record)
