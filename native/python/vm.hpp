@@ -41,15 +41,17 @@ struct HintQueueValue {
 };
 struct FileCacheValue {
     FileCacheValue(Ref pool_, vm::FramePool* frames, int memfd, int journal, uint64_t pages, vm::Fill fill,
-                   vm::Backing backing, vm::Policy policy, int cpus)
-        : pool(std::move(pool_)), cache(frames, memfd, journal, pages, fill, backing, policy, cpus) {}
+                   vm::Backing backing, vm::Policy policy, int cpus, vm::Tables tables)
+        : pool(std::move(pool_)),
+          owned(std::make_unique<vm::FileCache>(frames, memfd, journal, pages, fill, backing, policy, cpus, tables)) {}
     // Before the cache gives hints to this queue; there is one for all.
     void keep(Ref queue) {
         if (!hints) hints = std::move(queue);
     }
     Ref pool;
     Ref hints;
-    vm::FileCache cache;
+    std::unique_ptr<vm::FileCache> owned;
+    vm::FileCache& cache = *owned;
 };
 // Waiters and queued faults may need the native HAT after the Python object has gone: it counts its users.
 struct HatValue {

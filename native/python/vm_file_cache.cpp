@@ -55,21 +55,23 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     PyObject* pool;
     int memfd, journal, cpus;
     uint64_t pages;
-    uint32_t fill, backing, policy;
-    if (!unpack_new("FileCache", args, kwargs, pool, memfd, journal, pages, fill, backing, policy, cpus))
+    uint32_t fill, backing, policy, tables;
+    if (!unpack_new("FileCache", args, kwargs, pool, memfd, journal, pages, fill, backing, policy, cpus, tables)) {
         return nullptr;
+    }
     FramePoolValue* frames = checked<FramePoolValue>(pool, vm_types.frame_pool);
     if (!frames) return nullptr;
     if (fill > uint32_t(vm::Fill::store) || backing > uint32_t(vm::Backing::overcommitted) ||
-        policy > uint32_t(vm::Policy::s3fifo) || pages == 0 || cpus < 1 || cpus > 65536) {
-        PyErr_SetString(PyExc_ValueError, "no such fill, backing or policy, no pages, or no CPUs");
+        policy > uint32_t(vm::Policy::s3fifo) || tables > uint32_t(vm::Tables::partitioned) || pages == 0 || cpus < 1 ||
+        cpus > 65536) {
+        PyErr_SetString(PyExc_ValueError, "no such fill, backing, policy or table, no pages, or no CPUs");
         return nullptr;
     }
     PyObject* self = type->tp_alloc(type, 0);
     if (!self) return nullptr;
     try {
         new (&Self::of(self)) FileCacheValue(Ref::borrow(pool), &frames->pool, memfd, journal, pages, vm::Fill(fill),
-                                             vm::Backing(backing), vm::Policy(policy), cpus);
+                                             vm::Backing(backing), vm::Policy(policy), cpus, vm::Tables(tables));
         return self;
     } catch (const std::system_error& error) {
         errno = error.code().value();
@@ -292,13 +294,13 @@ PyObject* unpin(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 
 PyObject* set_marker(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     PyObject* hints;
-    uint64_t id, first, end;
-    if (!unpack("set_marker", args, nargs, hints, id, first, end)) return nullptr;
+    uint64_t id, page;
+    if (!unpack("set_marker", args, nargs, hints, id, page)) return nullptr;
     HintQueueValue* value = checked<HintQueueValue>(hints, vm_types.hint_queue);
     if (!value) return nullptr;
     FileCacheValue& cache = Self::of(self);
     cache.keep(Ref::borrow(hints));
-    cache.cache.set_marker(&value->queue, id, first, end);
+    cache.cache.set_marker(&value->queue, id, page);
     Py_RETURN_NONE;
 }
 
@@ -310,6 +312,18 @@ PyObject* restore(PyObject* self, PyObject*) {
     }
     return PyLong_FromUnsignedLongLong(restored);
 }
+
+PyObject* replicate(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    bool replicated, done;
+    if (!unpack("replicate", args, nargs, replicated)) return nullptr;
+    {
+        Detached detached;
+        done = cache_of(self).replicate(replicated);
+    }
+    return PyBool_FromLong(done);
+}
+PyObject* tables(PyObject* self, PyObject*) { return PyLong_FromLong(long(cache_of(self).tables())); }
+PyObject* copies(PyObject* self, PyObject*) { return PyLong_FromSize_t(cache_of(self).copies()); }
 
 PyObject* use(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint32_t policy;
@@ -407,8 +421,12 @@ PyMethodDef methods[] = {
     {"pin", fast(pin), METH_FASTCALL, "pin(first, count): keep these frames; False unless all are resident."},
     {"unpin", fast(unpin), METH_FASTCALL, "unpin(first, count): end one pin of each."},
     {"set_marker", fast(set_marker), METH_FASTCALL,
-     "set_marker(hints, id, first, end): the next fault there gives a hint."},
+     "set_marker(hints, id, page): the fault that maps this page gives a hint, once."},
     {"restore", restore, METH_NOARGS, "Make resident what the journal says is valid; how many pages."},
+    {"replicate", fast(replicate), METH_FASTCALL,
+     "replicate(replicated): copies of page descriptors for each processor, or none; False: it is partitioned."},
+    {"tables", tables, METH_NOARGS, "What the page table is: 0 shared, 1 replicated, 2 partitioned."},
+    {"copies", copies, METH_NOARGS, "Copies of page descriptors that processors have."},
     {"use", fast(use), METH_FASTCALL, "use(policy): replace pages by this policy from now on."},
     {"attach", fast(attach), METH_FASTCALL, "A region shows this file."},
     {"detach", fast(detach), METH_FASTCALL, "A region shows it no more."},
@@ -425,9 +443,9 @@ PyType_Slot slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(make)},
     {Py_tp_dealloc, reinterpret_cast<void*>(Self::dealloc)},
     {Py_tp_methods, methods},
-    {Py_tp_doc,
-     const_cast<char*>("FileCache(pool, memfd, journal, pages, fill, backing, policy, cpus, /)\n\nThe pages of one "
-                       "file, their frames in a memfd, which it takes over, as the journal (paper 4.4).")},
+    {Py_tp_doc, const_cast<char*>("FileCache(pool, memfd, journal, pages, fill, backing, policy, cpus, tables, /)\n\n"
+                                  "The pages of one file, their frames in a memfd, which it takes over, as the "
+                                  "journal (paper 4.4).")},
     {0, nullptr},
 };
 

@@ -176,6 +176,9 @@ def serve(
             help="What objects are made of: shared or distributed; single ones otherwise: distributed,region=shared.",
         ),
     ] = "distributed",
+    adapt: Annotated[
+        bool, typer.Option("--adapt", help="Make objects distributed or shared while they serve, by who uses them.")
+    ] = False,
     homing: Annotated[
         bool,
         typer.Option(
@@ -231,6 +234,7 @@ def serve(
         homing=homing,
         sticky=sticky,
         objects=objects,
+        adapt=adapt,
         swap=swap,
         policy=policy,
     )

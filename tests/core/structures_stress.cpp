@@ -8,8 +8,8 @@
 #include <optional>
 
 #include "check.hpp"
-#include "structures/page_table.hpp"
 #include "vm/frame_pool.hpp"
+#include "vm/page_table.hpp"
 
 using namespace k42;
 using namespace k42::testing;
@@ -20,6 +20,22 @@ namespace {
 constexpr std::chrono::milliseconds kLong{60'000};  // a wait that lasts so long has lost its wake-up
 
 // PageTable
+
+void make_resident(PageTable& table, Page** pages, uint32_t count) {
+    for (uint32_t i = 0; i < count; ++i) {
+        pages[i]->set_state(PageState::resident);
+        table.replacement(0).insert(pages[i]->index);
+    }
+}
+
+// The pages whose turn it is to go; the caller's alone.
+std::vector<uint64_t> take_oldest(PageTable& table, size_t count) {
+    std::vector<Replacement::Candidate> candidates;
+    table.replacement(0).next(count, candidates);
+    std::vector<uint64_t> oldest;
+    for (const auto& candidate : candidates) oldest.push_back(candidate.index);
+    return oldest;
+}
 
 // A page table in the hands of threads that drive pages through their states. What they believe of a page is
 // plain data: two holders of a descriptor would be a data race.
@@ -32,7 +48,7 @@ void page_locks_exclude() {
         uint64_t locks = 0;
         uint64_t arrivals = 0;
     };
-    PageTable table;
+    SharedPageTable table;
     std::vector<Known> known(kPages);
     std::atomic<uint64_t> locked{0}, arrived{0}, evicted{0};
     in_threads(kThreads, [&](int who) {
@@ -75,7 +91,7 @@ void page_locks_exclude() {
                         if (random.one_in(4)) {
                             pages[0]->set_state(known[index].state = PageState::absent);
                         } else {
-                            table.make_resident(pages, 1);
+                            make_resident(table, pages, 1);
                             known[index].state = PageState::resident;
                             ++known[index].arrivals;
                             arrived.fetch_add(1, std::memory_order_relaxed);
@@ -85,7 +101,7 @@ void page_locks_exclude() {
                     filling.clear();
                     break;
                 default:  // evict: what was taken is ours alone, and resident
-                    for (uint64_t index : table.take_oldest(count)) {
+                    for (uint64_t index : take_oldest(table, count)) {
                         random.maybe_yield(8);
                         lock(index, 1);
                         CHECK(known[index].state == PageState::resident);
@@ -114,7 +130,7 @@ void page_locks_exclude() {
     CHECK_EQUAL(locks, locked.load());
     CHECK_EQUAL(arrivals, arrived.load());
     CHECK_EQUAL(arrived - evicted, resident.size());
-    std::vector<uint64_t> rest = table.take_oldest(SIZE_MAX);
+    std::vector<uint64_t> rest = take_oldest(table, SIZE_MAX);
     std::sort(rest.begin(), rest.end());
     CHECK(rest == resident);
     for (uint64_t index : rest) {
@@ -131,7 +147,7 @@ void page_descriptors_recycle() {
     begin("page_descriptors_recycle");
     constexpr uint64_t kPages = 24;
     constexpr int kThreads = 5, kRounds = 6'000;
-    PageTable table;
+    SharedPageTable table;
     std::vector<uint64_t> counts(kPages, 0);
     std::atomic<uint64_t> total{0};
     in_threads(kThreads, [&](int who) {
@@ -155,14 +171,14 @@ void page_descriptors_recycle() {
     CHECK_EQUAL(sum, total.load());
     CHECK_EQUAL(table.size(), size_t{0});
     // No more descriptors were ever made than can be in use at once (with the slack of two slabs).
-    CHECK(table.bytes() <= sizeof(PageTable) + 64 * sizeof(Page*) + (kPages + 32) * sizeof(Page));
+    CHECK(table.bytes() <= sizeof(SharedPageTable) + 64 * sizeof(Page*) + (kPages + 32) * sizeof(Page));
 }
 
 // Waiters sleep until the holder is done, whether the descriptor stays, goes, or is another page's by then.
 void page_lock_waits() {
     begin("page_lock_waits");
     for (int round = 0; round < 200; ++round) {
-        PageTable table;
+        SharedPageTable table;
         Page* held;
         table.lock(5, 1, &held);
         int plain = 0;
@@ -195,7 +211,7 @@ void page_lock_waits() {
 
 void page_waiters_keep_descriptor() {
     begin("page_waiters_keep_descriptor");
-    PageTable table;
+    SharedPageTable table;
     Page* pages[2];
     PageWaiter waiter;
     table.lock(8, 2, pages);
@@ -214,7 +230,7 @@ void page_order_growth_and_reuse() {
     begin("page_order_growth_and_reuse");
     constexpr uint64_t kPages = 50'000, kBatch = 50;
     Random random(seed());
-    PageTable table;
+    SharedPageTable table;
     std::vector<uint64_t> order;  // random, sparse, all different
     for (uint64_t i = 0; i < kPages; i += kBatch) order.push_back((i / kBatch) << (random.below(2) * 20));
     std::sort(order.begin(), order.end());
@@ -226,7 +242,7 @@ void page_order_growth_and_reuse() {
         for (uint64_t start : order) {
             Page* pages[kBatch];
             table.lock(start * kBatch, kBatch, pages);
-            table.make_resident(pages, kBatch);
+            make_resident(table, pages, kBatch);
             table.unlock(pages, kBatch);
             for (uint64_t i = 0; i < kBatch; ++i) expected.push_back(start * kBatch + i);
         }
@@ -239,7 +255,7 @@ void page_order_growth_and_reuse() {
         CHECK(bytes < expected.size() * 96);
         size_t at = 0;
         while (at < expected.size()) {
-            for (uint64_t index : table.take_oldest(1 + random.below(700))) {
+            for (uint64_t index : take_oldest(table, 1 + random.below(700))) {
                 CHECK_EQUAL(index, expected[at]);  // first in, first out
                 ++at;
                 Page* page;
@@ -249,7 +265,7 @@ void page_order_growth_and_reuse() {
                 table.unlock(&page, 1);
             }
         }
-        CHECK(table.size() == 0 && table.take_oldest(1).empty() && table.resident().empty());
+        CHECK(table.size() == 0 && take_oldest(table, 1).empty() && table.resident().empty());
     }
 }
 

@@ -74,6 +74,12 @@ class Memory {
     const int fd_;
 };
 
+int make_journal(uint64_t pages) {
+    const int fd = memfd_create("k42-stress-journal", MFD_CLOEXEC);
+    CHECK(fd >= 0 && ftruncate(fd, off_t(pages)) == 0);
+    return fd;
+}
+
 // What the tests know of a file's pages; plain, so that ThreadSanitizer sees who comes near a page without its lock.
 struct Known {
     explicit Known(uint64_t pages) : live(pages, 0), fills(pages, 0) {}
@@ -87,7 +93,7 @@ class WitnessHat final : public Hat {
     WitnessHat(uint64_t id, RegionMap* regions, int cpus, uint64_t start, uint64_t pages)
         : Hat(id, regions, cpus), start_(start), mapped_(pages, 0) {}
 
-    RangeResult map(int cpu, uint64_t address, uint64_t length) override {
+    RangeResult map(int cpu, uint64_t address, uint64_t length, bool) override {
         const uint64_t first = (*canonical(cpu, address) - start_) / kPageSize;
         for (uint64_t i = 0; i < length / kPageSize; ++i) {
             // Another region of the same file shows it further up: only the first one is checked page by page.
@@ -104,6 +110,14 @@ class WitnessHat final : public Hat {
             mapped_[first + i] = 1;
         }
         return {length, 0};
+    }
+    RangeResult allow_write(int, uint64_t, uint64_t length) override { return {length, 0}; }
+    bool protect(const Region&, uint64_t, uint64_t, uint32_t) override { return true; }
+    void soft_unmap(const Region& region, uint64_t first, uint64_t count, uint32_t) override {
+        for (uint64_t page = std::max(first, region.first_page); page < first + count; ++page) {
+            if (page - region.first_page >= region.pages) break;
+            mapped_[(region.start - start_) / kPageSize + page - region.first_page] = 0;
+        }
     }
     void wake_everywhere(uint64_t, uint64_t) override {}
     void wake(int, uint64_t, uint64_t) override { wakes_.fetch_add(1, std::memory_order_relaxed); }
@@ -138,8 +152,11 @@ class WitnessHat final : public Hat {
 
 // One process, one file, and what the Python objects do with faults that the engine hands up.
 struct World {
-    World(uint64_t budget, uint64_t pages, Fill fill, Backing backing)
-        : pool(budget), memory(pages), known(pages), cache(&pool, memory.another_fd(), pages, fill, backing) {}
+    World(uint64_t budget, uint64_t pages, Fill fill, Backing backing, Policy policy = Policy::fifo)
+        : pool(budget),
+          memory(pages),
+          known(pages),
+          cache(&pool, memory.another_fd(), make_journal(pages), pages, fill, backing, policy, 8) {}
 
     // Resolves the fault as the kernel's worker threads do. `abort_one_in`: a fill that fails halfway; 0: never.
     void finish(const FaultAt& fault, Random& random, uint64_t abort_one_in) {
@@ -153,7 +170,7 @@ struct World {
         const uint64_t page = region.page_at(*canonical);
         const Region::Group group = region.group_of(page);
         for (;;) {
-            const Outcome outcome = cache.resolve(fault, page, group.first, group.count);
+            const Outcome outcome = cache.resolve(fault, page, {group.first, group.count}, {group.first, group.count});
             if (outcome != Outcome::absent && outcome != Outcome::no_frame) break;
             uint64_t first = group.first;
             uint32_t count = group.count;
@@ -161,7 +178,7 @@ struct World {
                 first = page - page % cluster;
                 count = uint32_t(std::min(cluster, cache.pages() - first));
             }
-            const FileCache::Run run = cache.begin_io(page, first, count);
+            const FileCache::Run run = cache.begin_io(page, {first, count});
             if (!run.count) continue;
             allocate(run.count, random);
             if (abort_one_in && random.one_in(abort_one_in)) {
@@ -179,7 +196,7 @@ struct World {
                 if (tells_evictions) known.live[at] = 1;
                 ++known.fills[at];
             }
-            cache.complete_io(fault, page, run, region.first_page, region.first_page + region.pages);
+            cache.complete_io(&fault, page, run, region.first_page, region.first_page + region.pages);
             break;
         }
         CHECK(region.gate.leave());
@@ -190,7 +207,7 @@ struct World {
             const uint64_t seen = pool.changes();
             if (pool.allocate(frames, cache.backing()) == FramePool::Grant::granted) return;
             random.maybe_yield(2);
-            if (!cache.give_back(frames)) CHECK(pool.wait(seen, kLong));
+            if (!cache.reclaim(frames, random.one_in(2)).given) CHECK(pool.wait(seen, kLong));
         }
     }
 
@@ -225,13 +242,14 @@ struct SoftWorld : World {
     static constexpr uint64_t kStart = 0x10'0000'0000;
     static constexpr uint64_t kOtherWindow = 0x20'0000'0000;
 
-    SoftWorld(uint64_t budget, uint64_t pages, uint32_t group, Fill fill = Fill::store, Backing backing = Backing::file)
-        : World(budget, pages, fill, backing),
+    SoftWorld(uint64_t budget, uint64_t pages, uint32_t group, Fill fill = Fill::store, Backing backing = Backing::file,
+              uint32_t around = 1, Policy policy = Policy::fifo)
+        : World(budget, pages, fill, backing, policy),
           part_first(pages / 4 + 1),
           part_pages(pages / 2),
           hat(make_hat(pages)),
-          whole(kStart, pages, 0, group, &cache, hat),
-          part(kStart + pages * kPageSize, part_pages, part_first, std::max(1u, group / 4), &cache, hat) {
+          whole(kStart, pages, 0, group, around, false, &cache, hat),
+          part(kStart + pages * kPageSize, part_pages, part_first, std::max(1u, group / 4), 1, false, &cache, hat) {
         for (Region* region : {&whole, &part}) {
             const uint64_t length = region->pages * kPageSize;
             CHECK(regions.insert(region->start, region->start + length, region));
@@ -321,7 +339,7 @@ void cache_races(const char* name, uint64_t budget, uint64_t pages, uint32_t gro
                 const uint64_t seen = progress.load();
                 const uint64_t wanted = seen + 1 + random.below(16);
                 while (running.load() > 0 && progress.load() < wanted) std::this_thread::yield();
-                world.cache.give_back(1 + random.below(std::min<uint64_t>(budget, 24)));
+                world.cache.reclaim(1 + random.below(std::min<uint64_t>(budget, 24)), random.one_in(2));
             }
         });
         world.check_quiet();
@@ -347,16 +365,16 @@ void waiters_are_woken() {
     Random random(seed());
     const FaultAt fault{world.hat, 0, world.whole.start + 2 * kPageSize};
     for (int turn = 0; turn < 2; ++turn) {
-        CHECK(world.cache.resolve(fault, 2, 0, 4) == Outcome::absent);
-        const FileCache::Run run = world.cache.begin_io(2, 0, 4);
+        CHECK(world.cache.resolve(fault, 2, {0, 4}, {0, 4}) == Outcome::absent);
+        const FileCache::Run run = world.cache.begin_io(2, {0, 4});
         CHECK(run.first == 0 && run.count == 4);
-        CHECK_EQUAL(world.cache.begin_io(3, 0, 4).count, 0u);  // only one fills
+        CHECK_EQUAL(world.cache.begin_io(3, {0, 4}).count, 0u);  // only one fills
         world.allocate(4, random);
         in_threads(4, [&](int who) {
             for (int i = 0; i < 50; ++i) {
                 const uint64_t page = uint64_t(who + i) % 4;
                 const FaultAt at{world.hat, who % 2, (who % 2 ? world.kOtherWindow : world.kStart) + page * kPageSize};
-                CHECK(world.cache.resolve(at, page, 0, 4) == Outcome::queued);
+                CHECK(world.cache.resolve(at, page, {0, 4}, {0, 4}) == Outcome::queued);
             }
         });
         CHECK_EQUAL(world.hat->wakes(), uint64_t(turn) * 200);
@@ -370,7 +388,7 @@ void waiters_are_woken() {
                 world.memory.fill(page);
                 world.known.fills[page] = 1;
             }
-            CHECK(world.cache.complete_io(fault, 2, run, 1, 3) == Outcome::mapped);
+            CHECK(world.cache.complete_io(&fault, 2, run, 1, 3) == Outcome::mapped);
             // Only what the region shows, [1, 3), is mapped.
             CHECK(
                 (world.hat->mapped() == std::vector<uint64_t>{world.kStart + kPageSize, world.kStart + 2 * kPageSize}));
@@ -415,7 +433,7 @@ void shutdown_ends_mapping() {
                 Random random(seed() + uint64_t(round * 16 + who));
                 while (!stop.load()) {
                     if (who == 3) {
-                        world.cache.give_back(4);
+                        world.cache.reclaim(4, true);
                         std::this_thread::yield();
                     } else {
                         world.fault(random, 8);
@@ -473,7 +491,7 @@ void clear_among_evictors() {
                 return;
             }
             for (int i = 0; i < 20; ++i) {
-                given.fetch_add(world.cache.give_back(2));
+                given.fetch_add(world.cache.reclaim(2, false).given);
                 mine.maybe_yield(2);
             }
         });
@@ -554,10 +572,10 @@ struct RealWorld : World {
             const int uffd = open_userfaultfd(false);
             CHECK(uffd >= 0);
             CHECK(hat->attach(int(cpu), uffd) && !hat->attach(int(cpu), uffd));
-            CHECK_EQUAL(register_range(uffd, base(cpu), length()), 0);
+            CHECK_EQUAL(register_range(uffd, base(cpu), length(), false), 0);
             CHECK(hat->add_window(int(cpu), base(cpu), length(), base(0)));
         }
-        region = std::make_unique<Region>(base(0), pages, 0, group, &cache, hat);
+        region = std::make_unique<Region>(base(0), pages, 0, group, 1, false, &cache, hat);
         CHECK(regions.insert(base(0), base(0) + length(), region.get()));
         cache.attach(region.get());
         CHECK(!engine.add(hat, 0, getpid()));  // not started
@@ -749,7 +767,7 @@ void real_file(uint64_t budget, uint32_t group, int reads) {
         Random random(seed() + uint64_t(who));
         if (who == kReaders) {
             while (running.load() > 0) {
-                world.cache.give_back(1 + random.below(8));
+                world.cache.reclaim(1 + random.below(8), random.one_in(2));
                 for (uint64_t i = random.below(32); i > 0; --i) std::this_thread::yield();
             }
             return;
@@ -798,7 +816,8 @@ void real_unmap() {
         auto* hat = new UffdHat(1, &regions, int(cpus.size()), StatusPage::create(), CommandRing::create());
         Engine engine(cpus, true, true);
         engine.start();
-        auto cache = std::make_unique<FileCache>(&pool, memory.another_fd(), 256, Fill::zero, Backing::overcommitted);
+        auto cache = std::make_unique<FileCache>(&pool, memory.another_fd(), make_journal(256), 256, Fill::zero,
+                                                 Backing::overcommitted, Policy::fifo, int(cpus.size()));
         constexpr uint64_t kLength = 256 * kPageSize;
         std::vector<unsigned char*> windows;
         for (size_t cpu = 0; cpu < cpus.size(); ++cpu) {
@@ -808,12 +827,12 @@ void real_unmap() {
             const int uffd = open_userfaultfd(false);
             CHECK(uffd >= 0 && hat->attach(int(cpu), uffd));
             const auto base = reinterpret_cast<uint64_t>(window);
-            CHECK_EQUAL(register_range(uffd, base, kLength), 0);
+            CHECK_EQUAL(register_range(uffd, base, kLength, false), 0);
             CHECK(hat->add_window(int(cpu), base, kLength, reinterpret_cast<uint64_t>(windows[0])));
             CHECK(engine.add(hat, int(cpu), getpid()));
         }
         const auto start = reinterpret_cast<uint64_t>(windows[0]);
-        auto region = std::make_unique<Region>(start, 256, 0, 4, cache.get(), hat);
+        auto region = std::make_unique<Region>(start, 256, 0, 4, 1, false, cache.get(), hat);
         CHECK(regions.insert(start, start + kLength, region.get()));
         cache->attach(region.get());
 
@@ -884,8 +903,8 @@ void real_stale_hand_up() {
     CHECK(canonical != MAP_FAILED && window != MAP_FAILED);
     const auto start = reinterpret_cast<uint64_t>(canonical);
     const auto base = reinterpret_cast<uint64_t>(window);
-    CHECK_EQUAL(register_range(uffd, base, kLength), 0);
-    Region region(start, kPages, 0, kPages, &old.cache, hat);
+    CHECK_EQUAL(register_range(uffd, base, kLength, false), 0);
+    Region region(start, kPages, 0, kPages, 1, false, &old.cache, hat);
     CHECK(old.regions.insert(start, start + kLength, &region) && hat->add_window(0, base, kLength, start));
     Engine engine(cpus, false, false);
     engine.start();
@@ -904,10 +923,10 @@ void real_stale_hand_up() {
     CHECK(hat->remove_window(base));
     CHECK(mmap(reinterpret_cast<void*>(base), kLength, PROT_READ, MAP_SHARED | MAP_FIXED, now.memory.fd(), 0) !=
           MAP_FAILED);
-    CHECK_EQUAL(register_range(uffd, base, kLength), 0);
-    Region other(base, kPages, 0, 1, &now.cache, hat);
+    CHECK_EQUAL(register_range(uffd, base, kLength, false), 0);
+    Region other(base, kPages, 0, 1, 1, false, &now.cache, hat);
     CHECK(old.regions.insert(base, base + kLength, &other) && hat->add_window(0, base, kLength, base));
-    const FileCache::Run run = now.cache.begin_io(1, 1, 1);
+    const FileCache::Run run = now.cache.begin_io(1, {1, 1});
     now.allocate(1, random);
     CHECK(pwrite(now.memory.fd(), "half", 4, off_t(kPageSize)) == 4);
     // What next() gives is the new file's fault, and the page in I/O was mapped by nobody.
@@ -916,17 +935,18 @@ void real_stale_hand_up() {
     CHECK(next);
     CHECK_EQUAL(next->address, base + 2 * kPageSize);
     CHECK_EQUAL(next->canonical, next->address);
-    const FileCache::Run filled = now.cache.begin_io(2, 2, 1);
+    const FileCache::Run filled = now.cache.begin_io(2, {2, 1});
     now.allocate(1, random);
     now.memory.fill(2);
     const FaultAt at{next->hat, next->cpu, next->address};
-    CHECK(now.cache.complete_io(at, 2, filled, 0, kPages) == Outcome::mapped);
+    CHECK(now.cache.complete_io(&at, 2, filled, 0, kPages) == Outcome::mapped);
     next->hat->release();
     third.join();
     std::thread fourth([&] { CHECK_EQUAL(window[kPageSize], uint8_t(pattern(1, 0))); });
     while (now.cache.counts().queued == 0) std::this_thread::yield();  // it faulted: the page was not mapped
     now.memory.fill(1);
-    CHECK(now.cache.complete_io({hat, 0, base + kPageSize}, 1, run, 0, kPages) == Outcome::mapped);
+    const FaultAt waited{hat, 0, base + kPageSize};
+    CHECK(now.cache.complete_io(&waited, 1, run, 0, kPages) == Outcome::mapped);
     fourth.join();
 
     engine.stop();

@@ -19,7 +19,7 @@ from vm_support import PAGE, words
 
 from k42 import vm
 
-EXAMPLES = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 SYNONYMS = ["readonly", "copyonwrite", "readwrite", "write"]
 
 
@@ -48,7 +48,7 @@ def made(make: Any) -> Any:
 def same(ours: Any, theirs: Any) -> None:
     assert ours.dtype == theirs.dtype
     assert ours.shape == theirs.shape
-    assert ours.strides == theirs.strides
+    assert ours.strides == theirs.strides or not ours.size  # of nothing they are as numpy likes
     assert ours.flags.writeable == theirs.flags.writeable
     assert ours.flags.c_contiguous == theirs.flags.c_contiguous
     assert ours.tobytes() == theirs.tobytes()

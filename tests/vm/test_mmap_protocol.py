@@ -18,7 +18,7 @@ import numpy
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vm_support import PAGE, words
+from vm_support import PAGE, stop, words
 
 from k42 import vm
 
@@ -64,7 +64,8 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("in"), data),
     st.tuples(st.just("len")),
 )
-RESIZE = st.tuples(st.just("resize"), st.sampled_from([-1, 0, 1, 100, PAGE, PAGE + 1, SIZE, 5 * PAGE + 7, 9 * PAGE]))
+# Not to 0: an mmap.mmap then truncates the file, fails, and still shows pages that have gone.
+RESIZE = st.tuples(st.just("resize"), st.sampled_from([-1, 1, 100, PAGE, PAGE + 1, SIZE, 5 * PAGE + 7, 9 * PAGE]))
 
 
 def perform(target: Any, operation: tuple[Any, ...]) -> Any:
@@ -144,7 +145,7 @@ def place(shared_kernel: vm.KernelProcess, tmp_path_factory: pytest.TempPathFact
         yield both
 
 
-EXAMPLES = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -201,6 +202,13 @@ def test_size_and_position_after_resizing(place):
         for operation in [("read", 5), ("read_byte",), ("readline",), ("write", b""), ("find", b"", []), ("tell",)]:
             assert perform(ours, operation) == perform(theirs, operation), operation
         assert ours.size() == theirs.size() == 2 * PAGE
+
+
+def test_resizing_to_nothing_changes_nothing(place):
+    with place("r+") as (ours, theirs):
+        with pytest.raises(OSError, match="at least one byte"):
+            ours.resize(0)
+        assert ours[:] == theirs[:]
 
 
 def test_buffers_hold_it_open(place):
@@ -300,7 +308,7 @@ def test_others_run_while_a_page_is_fetched(kernels, connect, folder):
     path.write_bytes(words(20 * PAGE))
     kernel = kernels()
     with connect(kernel, grace=60).open(path) as mapping:
-        os.kill(kernel.pid, signal.SIGSTOP)
+        stop(kernel.pid)
         got: list[bytes] = []
         reader = threading.Thread(target=lambda: got.append(mapping[:]))
         reader.start()
@@ -321,7 +329,7 @@ def test_closing_waits_for_accesses_and_not_for_ever(kernels, connect, folder, s
     path.write_bytes(words(20 * PAGE))
     kernel = kernels()
     mapping = connect(kernel, grace=60).open(path)
-    os.kill(kernel.pid, signal.SIGSTOP)
+    stop(kernel.pid)
     got: list[bytes] = []
     reader = threading.Thread(target=lambda: got.append(mapping[:]))
     reader.start()

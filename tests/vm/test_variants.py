@@ -11,6 +11,7 @@ from vm_support import PAGE, until, words
 
 import k42
 from k42 import _native, vm
+from k42.vm.fcm import PartitionedFCM, ReplicatedFCM, SharedFCM
 from k42.vm.kernel import Kernel
 from k42.vm.pm import Backing, DistributedGlobalPM, Level, ProcessPM, SharedGlobalPM
 from k42.vm.process import DistributedProcess, SharedProcess
@@ -78,9 +79,13 @@ def test_objects_are_swapped_while_faults_come(inner, folder, script):
         distributed = turn % 2 == 0
         k42.swap(served.process, DistributedProcess if distributed else SharedProcess)
         k42.swap(mapped.region, DistributedRegion if distributed else SharedRegion)
+        k42.swap(mapped.fcm, ReplicatedFCM if distributed else SharedFCM)
         k42.swap(inner._global_pm, DistributedGlobalPM if distributed else SharedGlobalPM)
         assert served.process.region_map().replicated() == distributed
         assert mapped.region.native().distributed() == distributed
+        assert mapped.fcm.native().tables() == int(distributed)
+        with pytest.raises(k42.SwapRefused, match="partitioned pages"):
+            k42.swap(mapped.fcm, PartitionedFCM)
         pool = inner._global_pm.native()
         assert pool.distributed() == distributed
         for _ in range(10):
@@ -101,6 +106,8 @@ def test_objects_are_swapped_while_faults_come(inner, folder, script):
         "distributed,region=shared",
         "shared,process=distributed",
         "shared,global_pm=distributed",
+        "shared,fcm=replicated",
+        "distributed,fcm=partitioned",
     ],
 )
 def test_every_choice_of_objects_serves(kernels, connect, folder, objects):
@@ -116,10 +123,11 @@ def test_every_choice_of_objects_serves(kernels, connect, folder, objects):
 
 
 def test_choices_that_do_not_exist(kernels):
+    assert Variants.named("shared", adapt=True).adapt
     for text in ("spread", "distributed,region", "region=replicated", "page=shared", ""):
         with pytest.raises(ValueError, match=r"say shared or distributed, or process=shared\|distributed"):
             Variants.named(text)
-    assert Variants.named("shared") == Variants(SharedProcess, SharedRegion, SharedGlobalPM)
+    assert Variants.named("shared") == Variants(SharedProcess, SharedRegion, SharedFCM, SharedGlobalPM)
     assert Variants.named("process=shared").process is SharedProcess
     with pytest.raises(vm.KernelUnavailable, match="status 2"):
         kernels(objects="spread")
@@ -219,3 +227,13 @@ def test_a_swap_of_the_objects_of_a_process_that_nobody_has_used():
     k42.swap(process, DistributedProcess)
     assert process.region_map().replicated()
     assert isinstance(process.region_map(), _native.RegionMap)
+
+
+def test_a_kernel_that_adapts_serves(kernels, connect, folder):
+    content = words(64 * PAGE)
+    path = folder / "file"
+    path.write_bytes(content)
+    client = connect(kernels(31 * PAGE, objects="shared", adapt=True))
+    with client.open(path) as mapping:
+        until(lambda: bytes(mapping) != content or client.stat()["engine"]["faults"] > 1500, "three looks or so")
+        assert bytes(mapping) == content

@@ -212,6 +212,17 @@ def file_counts(client: Any, path: Path) -> dict[str, Any]:
     return found
 
 
+def stop(pid: int) -> None:
+    """Stops a process, and returns when none of its threads runs: the signal alone may take a while to reach them."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def stopped() -> bool:
+        states = [entry.read_text().rsplit(") ", 1)[1][0] for entry in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return set(states) == {"T"}
+
+    until(stopped, "the process stops")
+
+
 def has_ended(pid: int) -> bool:
     """Gone, or a zombie that nobody has waited for."""
     try:

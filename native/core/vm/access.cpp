@@ -1,7 +1,9 @@
 #include "vm/access.hpp"
 
 #include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 
 #include <cstring>
 #include <mutex>
@@ -24,8 +26,8 @@ struct Touch {
 // one that makes it.
 constinit thread_local Touch* current __attribute__((tls_model("initial-exec"))) = nullptr;
 
-// The address that could not be had; nothing when all went well. The signal mask is not saved, since the handler runs
-// with SA_NODEFER and changes none.
+// The address that could not be had; nothing when all went well. The signal mask is not saved, which would be a system
+// call each time: whoever leaves restores it.
 std::optional<uint64_t> attempt(uint64_t start, uint64_t length, void (*touch)(void*), void* argument) {
     Touch mine;
     mine.start = start;
@@ -55,11 +57,13 @@ void heal(uint64_t page) {
 
 }  // namespace
 
-void leave_guarded_touch(uint64_t address) {
+void leave_guarded_touch(uint64_t address, const void* context) {
     Touch* touch = current;
     if (!touch || address - touch->start >= touch->length) return;
     current = nullptr;
     touch->failed = address;
+    // As it was before the signal: here, and where a handler before ours (a sanitizer's) blocks more.
+    pthread_sigmask(SIG_SETMASK, &static_cast<const ucontext_t*>(context)->uc_sigmask, nullptr);
     siglongjmp(touch->before, 1);
 }
 

@@ -26,7 +26,7 @@ struct AccessFailure {
 bool touch_guarded(const WindowRecord& window, uint64_t start, uint64_t length, void (*touch)(void*), void* argument,
                    AccessFailure& failure);
 
-// For the SIGBUS handler: does not return if this thread is in a guarded touch of `address`.
-void leave_guarded_touch(uint64_t address);
+// For the SIGBUS handler, with its third argument: does not return if this thread is in a guarded touch of `address`.
+void leave_guarded_touch(uint64_t address, const void* context);
 
 }  // namespace k42::vm

@@ -6,9 +6,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <system_error>
 
+#include "vm/partitioned_page_table.hpp"
 #include "vm/region.hpp"
 
 namespace k42::vm {
@@ -28,17 +30,22 @@ struct FileCache::Waiter : PageWaiter {
 };
 
 FileCache::FileCache(FramePool* pool, int memfd, int journal, uint64_t pages, Fill fill, Backing backing, Policy policy,
-                     int cpus)
+                     int cpus, Tables tables)
     : pool_(pool),
       memfd_(memfd),
       journal_fd_(journal),
       pages_(pages),
       fill_(fill),
       backing_(backing),
-      table_(std::make_unique<SharedPageTable>(policy)),
       journal_bytes_(pages + kGrowth),
       cpus_(cpus),
       cpu_counts_(std::make_unique<CpuCounts[]>(size_t(cpus))) {
+    if (tables == Tables::partitioned) {
+        table_ = std::make_unique<PartitionedPageTable>(policy);
+    } else {
+        replicated_ = new ReplicatedPageTable(policy, tables == Tables::replicated);
+        table_.reset(replicated_);
+    }
     void* bytes = mmap(nullptr, journal_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, journal, 0);
     if (bytes == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "the journal of a file cache");
     journal_ = static_cast<std::atomic<uint8_t>*>(bytes);
@@ -123,21 +130,37 @@ void FileCache::note_use(const FaultAt& fault, Page** pages, uint32_t count) con
     }
 }
 
-void FileCache::give_hint(uint64_t page) {
-    uint64_t begin = marker_begin_.load(std::memory_order_relaxed);
-    if (page < begin || page >= marker_end_.load(std::memory_order_relaxed)) return;
-    if (!marker_begin_.compare_exchange_strong(begin, UINT64_MAX, std::memory_order_acq_rel)) return;
-    if (HintQueue* queue = hints_.load(std::memory_order_acquire)) {
-        queue->push({hint_id_.load(std::memory_order_relaxed), page});
+void FileCache::give_hint(Run mapped) {
+    // Acquire: pairs with the release in set_marker(), after which the page, the queue and the number are there.
+    for (uint32_t left = markers_.set.load(std::memory_order_acquire); left != 0; left &= left - 1) {
+        const int slot = std::countr_zero(left);
+        const uint64_t page = markers_.pages[slot].load(std::memory_order_relaxed);
+        if (page - mapped.first >= mapped.count) continue;
+        // Who takes the bit away gives the hint. Should the slot have got another marker since, that one is lost: its
+        // reader comes to a page that is absent, and is read ahead for again.
+        const uint32_t bit = 1u << slot;
+        if (!(markers_.set.fetch_and(~bit, std::memory_order_acq_rel) & bit)) continue;
+        markers_.hints.load(std::memory_order_relaxed)->push({markers_.id.load(std::memory_order_relaxed), page});
     }
 }
 
-void FileCache::set_marker(HintQueue* queue, uint64_t id, uint64_t first, uint64_t end) {
-    marker_begin_.store(UINT64_MAX, std::memory_order_release);
-    hints_.store(queue, std::memory_order_release);
-    hint_id_.store(id, std::memory_order_relaxed);
-    marker_end_.store(end, std::memory_order_relaxed);
-    marker_begin_.store(first, std::memory_order_release);
+void FileCache::set_marker(HintQueue* queue, uint64_t id, uint64_t page) {
+    std::lock_guard guard(markers_.lock);
+    const uint32_t set = markers_.set.load(std::memory_order_relaxed);
+    uint32_t slot = markers_.next;
+    for (uint32_t i = 0; i < kMarkers; ++i) {
+        const uint32_t other = (markers_.next + i) % kMarkers;
+        if (!(set & 1u << other)) {
+            slot = other;
+            break;
+        }
+    }
+    if (slot == markers_.next) markers_.next = (slot + 1) % kMarkers;
+    markers_.set.fetch_and(~(1u << slot), std::memory_order_relaxed);
+    markers_.hints.store(queue, std::memory_order_relaxed);
+    markers_.id.store(id, std::memory_order_relaxed);
+    markers_.pages[slot].store(page, std::memory_order_relaxed);
+    markers_.set.fetch_or(1u << slot, std::memory_order_release);
 }
 
 Outcome FileCache::zero_run(const FaultAt& fault, uint64_t page, Run run, Page** pages) {
@@ -180,7 +203,6 @@ Outcome FileCache::zero_run(const FaultAt& fault, uint64_t page, Run run, Page**
 Outcome FileCache::resolve_resident(const FaultAt& fault, Page* page, Run around) {
     CpuCounts& counts = cpu_counts_[fault.cpu];
     counts.mapped.fetch_add(1, std::memory_order_relaxed);
-    give_hint(page->index);
     if (fault.write && fault.tracked && !page->is(Page::kDirty)) {
         table_->recall(&page, 1);
         make_dirty(page, fault.cpu);
@@ -193,6 +215,7 @@ Outcome FileCache::resolve_resident(const FaultAt& fault, Page* page, Run around
     if (around.count > 1 && !fault.guarded) run = table_->lock_around(page, around.first, around.count, pages);
     const bool writable = !fault.tracked || page->is(Page::kDirty);
     note_use(fault, pages, run.count);
+    give_hint(run);
     const Outcome outcome = map_run(fault, page->index, run, writable);
     if (outcome == Outcome::mapped) table_->copy(pages, run.count);
     table_->unlock(pages, run.count);
@@ -200,10 +223,11 @@ Outcome FileCache::resolve_resident(const FaultAt& fault, Page* page, Run around
 }
 
 Outcome FileCache::resolve(const FaultAt& fault, uint64_t page, Run group, Run around) {
-    if (const PageTable::Held held = table_->hold(page, around.first, around.count, fault.write && fault.tracked);
+    if (const PageTable::Held held =
+            table_->hold(page, around.first, around.count, fault.write && fault.tracked, cpu_bit(fault.cpu));
         held.count) {
         cpu_counts_[fault.cpu].mapped.fetch_add(1, std::memory_order_relaxed);
-        give_hint(page);
+        give_hint({held.first, held.count});
         const Outcome outcome = map_run(fault, page, {held.first, held.count}, !fault.tracked || held.dirty);
         table_->release(held);
         return outcome;
@@ -221,6 +245,11 @@ Outcome FileCache::resolve(const FaultAt& fault, uint64_t page, Run group, Run a
         table_->unlock(pages, 1);
         group.count = uint32_t(std::min<uint64_t>(group.count, this->pages() - group.first));
         table_->lock(group.first, group.count, pages);
+        if (Page* came = pages[page - group.first]; came->state() == PageState::resident) {  // between our two looks
+            std::swap(pages[page - group.first], pages[group.count - 1]);
+            table_->unlock(pages, group.count - 1);
+            return resolve_resident(fault, came, around);
+        }
     } else {
         group = {page, 1};
     }
@@ -236,10 +265,7 @@ Outcome FileCache::resolve(const FaultAt& fault, uint64_t page, Run group, Run a
             break;
         }
         case PageState::resident:
-            // It came between our two looks: the next fault finds it so.
-            fault.hat->wake(fault.cpu, fault.address, kPageSize);
-            outcome = Outcome::mapped;
-            break;
+            break;  // dealt with above
         case PageState::absent:
             if (fill_ == Fill::zero && !(journaled(page) & kStored)) {
                 Run run = run_around(pages, group.first, group.count, page);
@@ -412,6 +438,7 @@ void FileCache::look_at(const std::vector<Replacement::Candidate>& candidates, s
             result.given += evict;
         }
         if (probe) {
+            table_->recall(pages + to - probe, probe);  // so that its next use is seen
             const uint32_t used = used_by(pages + to - probe, probe);
             each_region([&](Region& region) { region.hat->soft_unmap(region, first + to - probe, probe, used); });
             probed_.fetch_add(probe, std::memory_order_relaxed);
@@ -810,6 +837,16 @@ uint64_t FileCache::restore() {
 
 void FileCache::use(Policy policy) {
     for (size_t part = 0; part < table_->parts(); ++part) table_->replacement(part).use(policy);
+}
+
+bool FileCache::replicate(bool replicated) {
+    if (replicated_) replicated_->replicate(replicated);
+    return replicated_ != nullptr;
+}
+
+Tables FileCache::tables() const {
+    if (!replicated_) return Tables::partitioned;
+    return replicated_->replicated() ? Tables::replicated : Tables::shared;
 }
 
 void FileCache::clear() { discard(0, UINT64_MAX, true); }

@@ -28,10 +28,14 @@
 #include "vm/hat.hpp"
 #include "vm/hints.hpp"
 #include "vm/page_table.hpp"
+#include "vm/replicated_page_table.hpp"
 
 namespace k42::vm {
 
 enum class Fill : uint8_t { zero, store };
+
+// What the page table is: see the three classes of that name. The first two can be changed into each other.
+enum class Tables : uint8_t { shared, replicated, partitioned };
 
 // What became of a fault.
 enum class Outcome : uint8_t {
@@ -76,7 +80,7 @@ class FileCache {
     // Takes the descriptors over: as long as anybody may punch pages out of the memfd, its number means this file.
     // `memfd`: of the frames. `journal`: a memfd of one byte a page. `cpus`: how many the faults come from.
     FileCache(FramePool* pool, int memfd, int journal, uint64_t pages, Fill fill, Backing backing, Policy policy,
-              int cpus);
+              int cpus, Tables tables = Tables::shared);
     ~FileCache();
     FileCache(const FileCache&) = delete;
     FileCache& operator=(const FileCache&) = delete;
@@ -134,14 +138,22 @@ class FileCache {
     // Which pages are absent, as runs, clipped to `most` pages in all: what a prefetch has to bring in.
     std::vector<Run> absent_runs(uint64_t first, uint64_t end, uint64_t most) const;
 
-    // A fault in [first, end) gives the hint once.
-    void set_marker(HintQueue* queue, uint64_t id, uint64_t first, uint64_t end);
+    // The fault that maps this page, be it on another one around it, gives the hint once. Of more than kMarkers the
+    // oldest goes. There is one queue for all.
+    static constexpr uint32_t kMarkers = 8;
+    void set_marker(HintQueue* queue, uint64_t id, uint64_t page);
 
     // After the death of the process that wrote the journal: makes resident what is valid, and frees all other frames.
     // The number of pages made resident.
     uint64_t restore();
 
     void use(Policy policy);
+    // Makes the page table replicated, or shared again, while faults come. False, and nothing changed, for a
+    // partitioned one.
+    bool replicate(bool replicated);
+    Tables tables() const;
+    // Copies of page descriptors that processors have.
+    size_t copies() const { return replicated_ ? replicated_->copies() : 0; }
     // Gives all pages back; no region shows the file any more.
     void clear();
 
@@ -177,7 +189,7 @@ class FileCache {
     Outcome zero_run(const FaultAt& fault, uint64_t page, Run run, Page** pages);
     void make_dirty(Page* page, int cpu);
     void note_use(const FaultAt& fault, Page** pages, uint32_t count) const;
-    void give_hint(uint64_t page);
+    void give_hint(Run mapped);
     Writing begin_write_locked(Run within, Page** pages);
     // Evicts this run of locked pages, clean or not; the frames are the pool's again when release_frames() is called.
     void drop(Run run, Page** pages);
@@ -207,6 +219,7 @@ class FileCache {
     const Fill fill_;
     const Backing backing_;
     std::unique_ptr<PageTable> table_;
+    ReplicatedPageTable* replicated_ = nullptr;  // the same, unless it is partitioned
 
     std::atomic<uint8_t>* journal_ = nullptr;  // a byte a page, and addresses for those to come
     uint64_t journal_bytes_ = 0;
@@ -225,11 +238,15 @@ class FileCache {
     std::condition_variable ending_;
     uint64_t endings_ = 0;
 
-    // The marker: read by every fault, written seldom.
-    alignas(runtime::apart) std::atomic<uint64_t> marker_begin_{UINT64_MAX};
-    std::atomic<uint64_t> marker_end_{0};
-    std::atomic<HintQueue*> hints_{nullptr};
-    std::atomic<uint64_t> hint_id_{0};
+    // Of read-ahead. Read by every fault, written seldom: by the fault that takes a marker away, and by set_marker().
+    struct alignas(runtime::apart) Markers {
+        std::atomic<uint32_t> set{0};  // bit i: pages[i] is a marker
+        std::atomic<uint64_t> pages[kMarkers];
+        std::atomic<HintQueue*> hints{nullptr};
+        std::atomic<uint64_t> id{0};
+        std::mutex lock;    // of set_marker(), and protects `next`; a leaf
+        uint32_t next = 0;  // the oldest
+    } markers_;
 
     const int cpus_;
     std::unique_ptr<CpuCounts[]> cpu_counts_;

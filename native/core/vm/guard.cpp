@@ -80,7 +80,7 @@ void explain(int number, uint64_t address) {
 
 void on_fault(int number, siginfo_t* info, void* context) {
     const int error = errno;
-    if (number == SIGBUS) leave_guarded_touch(reinterpret_cast<uint64_t>(info->si_addr));
+    if (number == SIGBUS) leave_guarded_touch(reinterpret_cast<uint64_t>(info->si_addr), context);
     explain(number, reinterpret_cast<uint64_t>(info->si_addr));
     errno = error;
     const struct sigaction& previous = *(number == SIGBUS ? previous_bus : previous_segv).load();

@@ -113,8 +113,9 @@ class PageTable {
         bool dirty;
         void* copies;  // the table's own
     };
-    virtual Held hold(uint64_t page, uint64_t first, uint32_t count, bool dirty_only) {
-        (void)page, (void)first, (void)count, (void)dirty_only;
+    // Of pages that are noted as used on one of these CPUs.
+    virtual Held hold(uint64_t page, uint64_t first, uint32_t count, bool dirty_only, uint32_t cpus) {
+        (void)page, (void)first, (void)count, (void)dirty_only, (void)cpus;
         return {0, 0, false, nullptr};
     }
     virtual void release(const Held&) {}

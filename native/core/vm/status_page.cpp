@@ -90,7 +90,8 @@ const FailureRecord* StatusPage::find(const void* page, uint64_t address) {
 uint64_t StatusPage::newest(const void* page) {
     const auto* records = static_cast<const FailureRecord*>(page);
     uint64_t newest = 0;
-    for (size_t i = 0; i < kRecords; ++i) newest = std::max(newest, records[i].sequence.load(std::memory_order_acquire));
+    for (size_t i = 0; i < kRecords; ++i)
+        newest = std::max(newest, records[i].sequence.load(std::memory_order_acquire));
     return newest;
 }
 

@@ -98,9 +98,11 @@ class MemoryFile(_native.Window):
                 self._put(start, view, step)
 
     def __delitem__(self, key: SupportsIndex | slice) -> None:
-        len(self)
+        size = len(self)
         self._refuse_writes()
-        if not isinstance(key, slice):
+        if isinstance(key, slice):
+            key.indices(size)
+        else:
             self._at(key)
         raise TypeError("a mapping doesn't support deletion")
 

@@ -17,7 +17,7 @@ import stat as stat_module
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import k42
@@ -69,6 +69,14 @@ class Cached:
     writers: int = 0
 
 
+@dataclass(eq=False)
+class _Turn:
+    """Of those who open the same URL."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    waiting: int = 0  # including who has it; under the table's lock
+
+
 class Caches:
     """The table.
 
@@ -103,7 +111,7 @@ class Caches:
         self._by_number: dict[int, FileCacheManager] = {}
         self._by_key: dict[Hashable, Cached] = {}
         self._unused: collections.OrderedDict[Cached, None] = collections.OrderedDict()
-        self._opening: dict[Hashable, threading.Lock] = {}  # of URLs that are being opened; one opens, others wait
+        self._opening: dict[Hashable, _Turn] = {}  # of URLs that are being opened; one opens, others wait
         self._closers = ThreadPoolExecutor(_CLOSERS, "k42-close")
 
     # What can be mapped. Each returns a cache with one user more, to be given to `let_go`.
@@ -150,9 +158,7 @@ class Caches:
             StoreError, Unsupported, ValueError: as `opener` raises them.
         """
         key = self.url_key(url, options)
-        with self._lock:
-            turn = self._opening.setdefault(key, threading.Lock())
-        with turn:
+        with self._turn(key):
             with self._lock:
                 found = self._by_key.get(key)
                 if found is not None:
@@ -170,8 +176,22 @@ class Caches:
             with self._lock:
                 found = self._add(key, *self._make_or_close(fr, Backing.FILE), url=(url, mode, options))
                 self._use(found, writer=False)
-                self._opening.pop(key, None)
             return found
+
+    @contextlib.contextmanager
+    def _turn(self, key: Hashable) -> Iterator[None]:
+        """One at a time for each key."""
+        with self._lock:
+            turn = self._opening.setdefault(key, _Turn())
+            turn.waiting += 1
+        try:
+            with turn.lock:
+                yield
+        finally:
+            with self._lock:
+                turn.waiting -= 1
+                if not turn.waiting:
+                    del self._opening[key]
 
     @staticmethod
     def url_key(url: str, options: Mapping[str, Any]) -> Hashable:

@@ -23,6 +23,7 @@ import k42
 from k42 import _native
 from k42.vm import protocol
 from k42.vm.channel import Channels
+from k42.vm.credentials import with_credentials
 from k42.vm.errors import KernelUnavailable, ProtocolError, Unsupported, UserModeOnlyWarning
 from k42.vm.launch import launch
 from k42.vm.mapping import Mapping, Mode, Shown
@@ -221,6 +222,7 @@ class Client:
         length: int | None = None,
         page_size: int | None = None,
         storage_options: Mapping_[str, Any] | None = None,
+        fault_around: int | None = None,
     ) -> Mapping:
         """Maps a file or a URL: real memory, whose page faults the kernel serves from its one page cache.
 
@@ -233,14 +235,18 @@ class Client:
             offset: bytes; need not be a multiple of the page size.
             length: bytes; None or 0: to the end of the file.
             page_size: bytes that one fault brings in, a power of two from 4096 to 2 MiB; None: 4096.
-            storage_options: for a URL, what fsspec's file system is made with (credentials, endpoints …).
+            storage_options: for a URL, what fsspec's file system is made with (credentials, endpoints …); for S3 this
+                process's own environment (``AWS_…``) says what they do not.
+            fault_around: bytes, a power of two from 4096 to 2 MiB: of so many around a fault, those that are in the
+                page cache are mapped with it. Less where accesses are few and far between: a page that is mapped looks
+                used. None: 64 KiB.
 
         Returns:
             A mapping of exactly these bytes.
 
         Raises:
             FileNotFoundError, IsADirectoryError, PermissionError: as ``open`` raises them.
-            ValueError: not a regular file, an empty file, an offset or length outside it, a bad mode or page size;
+            ValueError: not a regular file, an empty file, an offset or length outside it, a bad mode, page size or fault_around;
                 mode ``"w+"`` without a length; storage_options without a URL.
             StoreError: the URL cannot be read; or a store that does not grow.
             Unsupported: a store that cannot be written to, in mode ``"r+"``; a URL in mode ``"w+"``.
@@ -249,19 +255,19 @@ class Client:
         """
         if mode not in get_args(OpenMode):
             raise ValueError(f"mode must be 'r', 'r+', 'w+' or 'c', not {mode!r}")
-        group = _group(page_size)
+        group, around = _group(page_size), _around(fault_around)
         if offset < 0 or (length is not None and length < 0):
             raise ValueError("offset and length must not be negative")
         if mode == "w+" and not length:
             raise ValueError("mode 'w+' needs a length: it makes a file of offset + length bytes")
         if is_url(path):
-            return self._open_url(os.fspath(path), mode, offset, length, group, dict(storage_options or {}))
+            return self._open_url(os.fspath(path), mode, offset, length, group, around, dict(storage_options or {}))
         if storage_options:
             raise ValueError(f"storage_options are for URLs, and {os.fspath(path)!r} is a path")
-        return self._open_file(path, mode, offset, length, group)
+        return self._open_file(path, mode, offset, length, group, around)
 
     def _open_file(
-        self, path: str | os.PathLike[str], mode: OpenMode, offset: int, length: int | None, group: int
+        self, path: str | os.PathLike[str], mode: OpenMode, offset: int, length: int | None, group: int, around: Message
     ) -> Mapping:
         flags = {"r": os.O_RDONLY, "c": os.O_RDONLY, "r+": os.O_RDWR, "w+": os.O_RDWR | os.O_CREAT}[mode]
         # Non-blocking, lest a FIFO hold us until somebody writes.
@@ -279,7 +285,7 @@ class Client:
                 os.ftruncate(descriptor, size := offset + length)
             # Without the flag from here on: it belongs to the open file, which the kernel will use.
             fcntl.fcntl(descriptor, fcntl.F_SETFL, 0)
-            request = {"kind": "file", "name": os.path.abspath(path)}
+            request = {"kind": "file", "name": os.path.abspath(path)} | around
             shown: Mode = "r+" if mode == "w+" else mode
             if shown == "r+" and length and offset + length > size:
                 self._grow(request, descriptor, size, offset + length)
@@ -300,11 +306,19 @@ class Client:
             mapping.resize(wanted)
 
     def _open_url(
-        self, url: str, mode: OpenMode, offset: int, length: int | None, group: int, options: dict[str, Any]
+        self,
+        url: str,
+        mode: OpenMode,
+        offset: int,
+        length: int | None,
+        group: int,
+        around: Message,
+        options: dict[str, Any],
     ) -> Mapping:
         if mode == "w+":
             raise Unsupported(f"mode 'w+' makes files, not URLs: write {url} first, then open it")
-        request = {"kind": "url", "url": url, "options": options}
+        options = with_credentials(url, options)
+        request = {"kind": "url", "url": url, "options": options} | around
         size = int(self._long_request({"op": "url_size", "url": url, "mode": mode, "options": options})["size"])
         return self._map(request | {"name": url}, -1, offset, _length(offset, length, size), group, mode)
 
@@ -480,6 +494,15 @@ def _group(page_size: int | None) -> int:
     return page_size // PAGE
 
 
+def _around(fault_around: int | None) -> Message:
+    """What a request says of fault-around."""
+    if fault_around is None:
+        return {}
+    if fault_around < PAGE or fault_around > MAX_GROUP * PAGE or fault_around & (fault_around - 1):
+        raise ValueError(f"fault_around must be a power of two from {PAGE} to {MAX_GROUP * PAGE} bytes")
+    return {"around": fault_around // PAGE}
+
+
 def connect(
     socket: str | os.PathLike[str] | None = None, *, grace: float = 5.0, homing: bool = True, sticky: bool = True
 ) -> Client:
@@ -579,9 +602,10 @@ def open(
     length: int | None = None,
     page_size: int | None = None,
     storage_options: Mapping_[str, Any] | None = None,
+    fault_around: int | None = None,
 ) -> Mapping:
     """Maps a file or a URL through the user's own kernel; see `Client.open`."""
-    return _by_default(lambda client: client.open(path, mode, offset, length, page_size, storage_options))
+    return _by_default(lambda client: client.open(path, mode, offset, length, page_size, storage_options, fault_around))
 
 
 def anonymous(nbytes: int, page_size: int | None = None, overcommit: bool = False) -> Mapping:

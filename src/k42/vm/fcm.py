@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import ClassVar
 
 import k42
 from k42 import _native
@@ -42,7 +43,6 @@ log = logging.getLogger("k42.kernel")
 
 _WRITE_PAGES = 256  # pages written at once: 1 MiB
 _RETRY = 1.0  # seconds until a store that failed to take pages is tried again
-_MARKERS = 8  # of read-ahead, at a time
 AROUND = 16
 """Pages of 4 KiB of which the resident ones are mapped by one fault, unless a mapping says otherwise."""
 _PATIENCE = 100  # ms between two looks at pages that others have in I/O
@@ -80,6 +80,14 @@ class Advice(enum.StrEnum):
     SEQUENTIAL = "sequential"
     WILL_NEED = "willneed"
     DONT_NEED = "dontneed"
+
+
+class Tables(enum.IntEnum):
+    """What the page table is."""
+
+    SHARED = 0
+    REPLICATED = 1
+    PARTITIONED = 2
 
 
 class Outcome(enum.IntEnum):
@@ -135,7 +143,7 @@ class FileCacheManager(k42.Object):
         raise NotImplementedError
 
     def hinted(self, page: int) -> None:
-        """A fault came to a page that bears the marker of read-ahead: the next window is due."""
+        """A fault mapped a page that bears the marker of read-ahead: the next window is due."""
         raise NotImplementedError
 
     def replaceable(self) -> bool:
@@ -236,20 +244,26 @@ class SharedFCM(FileCacheManager):
             the file has. None: a new cache.
     """
 
+    transfers: ClassVar[tuple[str, ...]] = ("pages",)
+
     class Root(k42.SharedRoot):
         """Holds the frames and the native half."""
 
+        tables: ClassVar[Tables] = Tables.SHARED
+
         def __init__(
             self,
-            global_pm: GlobalPageManager,
-            fr: FileRepresentative,
-            backing: Backing,
+            global_pm: GlobalPageManager | None = None,
+            fr: FileRepresentative | None = None,
+            backing: Backing = Backing.FILE,
             cpus: int = 1,
             policy: Policy = Policy.FIFO,
             hints: _native.HintQueue | None = None,
             id: int = 0,
             left: tuple[int, int, int] | None = None,
         ) -> None:
+            if global_pm is None or fr is None:
+                return  # they come with the state of another implementation
             self.global_pm = global_pm
             self.fr = fr
             self.backing = backing
@@ -261,8 +275,8 @@ class SharedFCM(FileCacheManager):
             self.cluster = min(global_pm.cluster(), traits.cluster) if backing is Backing.FILE else 1
             self.queue = IoQueue(os.path.basename(fr.name()), traits.concurrency)
             limit = 0 if hints is None or self.anonymous else min(traits.read_ahead, global_pm.prefetchable() // 4)
-            self.read_ahead = ReadAhead(pages_of(fr.size()), limit)
-            self.markers: dict[int, int] = {}  # of read-ahead: first page of the range that gives the hint, to marker
+            self.piece = min(traits.cluster, MAX_GROUP)  # pages that are read ahead by one request, at least
+            self.read_ahead = ReadAhead(pages_of(fr.size()), limit, traits.cluster)
             self.sequential = False  # pages are used once, in order
             self.failed_until = 0.0  # monotonic time until which the store is not asked to take pages
             self.flushing = threading.Lock()  # protects the order of resize and flush; before all native locks
@@ -276,7 +290,9 @@ class SharedFCM(FileCacheManager):
                 if backing is Backing.FILE:
                     os.fchmod(frames, 0o400)  # a reader cannot get a writable descriptor by way of /proc
                 fill = 0 if self.anonymous else 1
-                self.cache = _native.FileCache(global_pm.native(), frames, journal, pages, fill, backing, policy, cpus)
+                self.cache = _native.FileCache(
+                    global_pm.native(), frames, journal, pages, fill, backing, policy, cpus, self.tables
+                )
                 frames = journal = -1  # its own
                 if left is not None:
                     global_pm.allocate(self.cache.restore(), backing)
@@ -285,6 +301,16 @@ class SharedFCM(FileCacheManager):
                     if descriptor >= 0:
                         os.close(descriptor)
                 raise
+
+        def export_state(self, form: str) -> SharedFCM.Root:
+            """Return the whole: what it refers to goes on."""
+            return self
+
+        def import_state(self, form: str, state: SharedFCM.Root) -> None:
+            """Go on with the native half of another implementation, whose page table is changed while faults come."""
+            own = ("rep_class", "ref", "_made")  # of each root
+            self.__dict__.update({name: value for name, value in state.__dict__.items() if name not in own})
+            self.cache.replicate(self.tables is Tables.REPLICATED)
 
     root: Root
 
@@ -347,13 +373,9 @@ class SharedFCM(FileCacheManager):
         root = self.root
         if ahead is None or root.hints is None:
             return
-        # The marker may be mapped together with neighbours that are touched before it.
-        start = ahead.marker - ahead.marker % AROUND
-        root.markers[start] = ahead.marker
-        while len(root.markers) > _MARKERS:
-            root.markers.pop(next(iter(root.markers)))
-        root.cache.set_marker(root.hints, root.id, start, max(ahead.marker + 1, start + AROUND))
-        step = max(root.cluster, min(ahead.pages // 2, MAX_GROUP))
+        root.cache.set_marker(root.hints, root.id, ahead.marker)
+        # Several requests at a time, as large as leaves that many: what they cost beside the bytes is paid at once.
+        step = max(root.piece, min(ahead.pages // max(2, root.fr.traits().concurrency // 2), MAX_GROUP))
         for first in range(ahead.first, ahead.first + ahead.pages, step):
             end = min(first + step, ahead.first + ahead.pages)
             root.queue.submit(functools.partial(self._read_ahead, first, end, pm), urgent=False)
@@ -364,10 +386,7 @@ class SharedFCM(FileCacheManager):
 
     def hinted(self, page: int) -> None:
         """Reads ahead; see `FileCacheManager.hinted`."""
-        for start, marker in list(self.root.markers.items()):
-            if start <= page < max(marker + 1, start + AROUND):
-                self.root.markers.pop(start, None)
-                self._look_ahead(self.root.read_ahead.touched(marker), _Ahead(self.root.global_pm))
+        self._look_ahead(self.root.read_ahead.touched(page), _Ahead(self.root.global_pm))
 
     def replaceable(self) -> bool:
         """Whether its pages can be given back."""
@@ -585,6 +604,7 @@ class SharedFCM(FileCacheManager):
 
     def close(self) -> None:
         """Gives all frames back; see `FileCacheManager.close`."""
+        self.root.fr.cancel()  # else the queue waits for as long as a store that does not answer is tried again
         self.root.queue.close()
         self._discard(0, self.root.cache.pages())
         self.root.fr.close()
@@ -603,3 +623,43 @@ class SharedFCM(FileCacheManager):
             **self.root.cache.counts(),
             **{f"io_{name}": count for name, count in self.root.queue.counts().items() if name != "threads_started"},
         }
+
+
+class ReplicatedFCM(SharedFCM):
+    """The replicated FCM: each processor has copies of the descriptors of the pages that it has mapped (the DHash).
+
+    - What is local: a table of copies, which a fault on a page that was mapped before goes by alone.
+    - What is shared: the master table, and the records of who has copies of what.
+    - How local tables are made and join: by the first page that is mapped on a processor.
+    - How local and global operations synchronise: what takes a page away has its descriptor locked in the master, and
+      recalls the copies from each processor that has one.
+    - How they are organised: each page's record lists its copies.
+
+    Section 4.4 of the paper. It pages as the shared one does, and can be swapped with it. For the args of ``create``
+    see `SharedFCM`.
+    """
+
+    class Root(SharedFCM.Root):
+        """Holds the frames and the native half."""
+
+        tables = Tables.REPLICATED
+
+    root: Root
+
+
+class PartitionedFCM(SharedFCM):
+    """The partitioned FCM: spans of 2 MiB of the file in turn belong to one of 16 tables with a lock each.
+
+    Nothing is local to a processor; processors that use different parts of the file share nothing. Section 4.4 of the
+    paper. It pages, each part in an order of its own. It is what it is for life: its descriptors are in other places
+    than those of the others. For the args of ``create`` see `SharedFCM`.
+    """
+
+    transfers: ClassVar[tuple[str, ...]] = ("partitioned pages",)
+
+    class Root(SharedFCM.Root):
+        """Holds the frames and the native half."""
+
+        tables = Tables.PARTITIONED
+
+    root: Root

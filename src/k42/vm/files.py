@@ -1,4 +1,4 @@
-"""From a URL to its store, in the kernel; and what a client adds to it from its own environment."""
+"""From a URL to its store, in the kernel."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from k42.vm.fr import CompressedFR, FileFR, FileRepresentative, UrlFR, UserFR
 from k42.vm.fr import user as user_stores
 
 _COMPRESSED = "zstd+"
-# Variables from which libraries of stores take credentials, or where to send them.
-_CREDENTIALS = ("AWS_", "AZURE_", "GOOGLE_", "GCE_", "GCSFS_", "GITHUB_", "HF_", "HUGGING", "FSSPEC_", "OSS_", "ARROW_")
 
 
 def open_store(url: str, mode: str, options: Mapping[str, Any]) -> FileRepresentative:
@@ -83,30 +81,3 @@ def _open_file(url: str, mode: str) -> FileRepresentative:
     except BaseException:
         os.close(descriptor)
         raise
-
-
-def forget_credentials() -> None:
-    """Takes credentials out of this process's environment: they are those of the client that started the kernel.
-
-    Each client gives its own beside the URL, see `with_credentials`.
-    """
-    for name in list(os.environ):
-        if name.startswith(_CREDENTIALS):
-            del os.environ[name]
-
-
-def with_credentials(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a URL, and for S3, unless they say who asks, what the client's own environment says of that."""
-    given = dict(options)
-    if urlsplit(url.removeprefix(_COMPRESSED)).scheme not in ("s3", "s3a"):
-        return given
-    if not given.keys() & {"key", "secret", "token", "anon", "profile"}:
-        found = {name: os.environ.get(f"AWS_{variable}") for name, variable in _S3.items()}
-        given |= {name: value for name, value in found.items() if value}
-    if "endpoint_url" not in given:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        given |= {"endpoint_url": endpoint} if endpoint else {}
-    return given
-
-
-_S3 = {"key": "ACCESS_KEY_ID", "secret": "SECRET_ACCESS_KEY", "token": "SESSION_TOKEN", "profile": "PROFILE"}

@@ -27,13 +27,14 @@ from typing import Any
 import k42
 from k42 import _native
 from k42.vm import protocol
+from k42.vm.adapt import LOOK, Adapter
 from k42.vm.caches import Cached, Caches
 from k42.vm.channels import MOST as MOST_CHANNELS
 from k42.vm.channels import Channel
+from k42.vm.credentials import forget_credentials
 from k42.vm.errors import KernelUnavailable, OutOfFrames, ProtocolError, StoreError
 from k42.vm.fault import Fault
-from k42.vm.fcm import AROUND, FileCacheManager, Policy, SharedFCM
-from k42.vm.files import forget_credentials
+from k42.vm.fcm import AROUND, FileCacheManager, Policy
 from k42.vm.fr import FileRepresentative
 from k42.vm.hat import Hat, UffdHat
 from k42.vm.ledger import Ledger, Left, new_records
@@ -144,6 +145,8 @@ class Kernel:
         self.cpus = sorted(os.sched_getaffinity(0))
         self._path = socket_path
         self._variants = variants or Variants()
+        self._adapter = Adapter() if self._variants.adapt else None
+        self._next_look = 0.0
         self._global_pm: GlobalPageManager = self._variants.global_pm.create(budget // PAGE)
         self._engine = _native.Engine(self.cpus, sticky, homing)
         # Twice what the budget fills: beyond it most page tables are of pages that have gone.
@@ -218,6 +221,8 @@ class Kernel:
         try:
             while not self._stopping:
                 timeout = self._time_to_linger()
+                if self._adapter is not None:
+                    timeout = self._adapt(timeout)
                 if timeout is not None and timeout <= 0:
                     log.info("no client for %s s: done", self.linger)
                     break
@@ -234,6 +239,16 @@ class Kernel:
         self._stopping = True
         with contextlib.suppress(BlockingIOError):
             self._wake_write.send(b"x")
+
+    def _adapt(self, timeout: float | None) -> float:
+        """Looks, when it is time, which objects should be distributed or shared; how long to wait at most."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + LOOK
+            assert self._adapter is not None
+            self._adapter.look(self._variants.watched(self._global_pm, self._clients.values()))
+        wait = max(0.0, self._next_look - time.monotonic())
+        return wait if timeout is None else min(wait, timeout)
 
     def _time_to_linger(self) -> float | None:
         if self.linger is None or self._clients:
@@ -690,7 +705,9 @@ class Kernel:
     def _make_fcm(
         self, fr: FileRepresentative, backing: Backing, number: int, left: tuple[int, int, int] | None = None
     ) -> FileCacheManager:
-        return SharedFCM.create(self._global_pm, fr, backing, len(self.cpus), self._policy, self._hints, number, left)
+        return self._variants.fcm.create(
+            self._global_pm, fr, backing, len(self.cpus), self._policy, self._hints, number, left
+        )
 
     @staticmethod
     def _memfd_for(mapped: _Mapped) -> int:
@@ -839,6 +856,7 @@ def serve(
     *,
     all_cpus: bool = False,
     objects: str = "distributed",
+    adapt: bool = False,
     homing: bool = True,
     sticky: bool = True,
     swap: bool = True,
@@ -852,6 +870,7 @@ def serve(
         linger: seconds without a client after which to end; None: never.
         all_cpus: serve every CPU of the machine, not only those that this process was started on.
         objects: what to make its objects of; see `Variants.named`.
+        adapt: swap objects by who uses them; see `k42.vm.adapt`.
         homing: move spans of 2 MiB of a mapping to the CPUs of the threads that fault there.
         sticky: keep a thread on its CPU while it faults.
         swap: write anonymous memory that was made with overcommit to a swap file when frames run out.
@@ -862,7 +881,7 @@ def serve(
         KernelUnavailable: another kernel listens there already.
         OutOfFrames: the budget is below one page.
     """
-    variants = Variants.named(objects)
+    variants = Variants.named(objects, adapt=adapt)
     chosen = Policy.named(policy)
     forget_credentials()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

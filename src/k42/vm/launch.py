@@ -69,6 +69,7 @@ def launch(
     *,
     all_cpus: bool = False,
     objects: str | None = None,
+    adapt: bool = False,
     homing: bool = True,
     sticky: bool = True,
     swap: bool = True,
@@ -83,6 +84,7 @@ def launch(
         linger: seconds without a client after which it ends by itself; None: never.
         all_cpus: serve every CPU of the machine, not only those that this thread may use.
         objects: what to make its objects of, as ``k42 serve --objects`` has it; None: its default.
+        adapt: swap them by who uses them; see `k42.vm.adapt`.
         homing: move spans of a mapping to the CPUs of the threads that fault there.
         sticky: keep a thread on its CPU while it faults.
         swap: write anonymous memory that was made with overcommit to a swap file when frames run out.
@@ -104,6 +106,8 @@ def launch(
         command += ["--all-cpus"]
     if objects is not None:
         command += ["--objects", objects]
+    if adapt:
+        command += ["--adapt"]
     if not homing:
         command += ["--no-homing"]
     if not sticky:

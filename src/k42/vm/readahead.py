@@ -52,12 +52,14 @@ class ReadAhead:
     Args:
         pages: of the file.
         limit: the largest window, in pages; 0: never reads ahead.
+        least: the first window, in pages: large where a request takes long, however little it asks for.
     """
 
-    def __init__(self, pages: int, limit: int) -> None:
+    def __init__(self, pages: int, limit: int, least: int = _FIRST_WINDOW) -> None:
         self._lock = threading.Lock()  # protects what follows; the last in the order of locks
         self._pages = pages
         self._limit = limit
+        self._least = least
         self._advice = Advice.NORMAL
         self._streams: list[_Stream] = []  # the most recent first
 
@@ -91,6 +93,9 @@ class ReadAhead:
                     self._streams.insert(0, stream)
                     return self._ask(stream, stream.end)
                 self._streams.insert(0, stream)
+                if first == 0 and count > 1:  # most who begin at the beginning go on
+                    stream.window = self._first_window(count, 0)
+                    return self._ask(stream, stream.end)
                 return None
             self._streams.remove(stream)
             self._streams.insert(0, stream)
@@ -107,8 +112,15 @@ class ReadAhead:
             self._streams.remove(stream)
             self._streams.insert(0, stream)
             stream.last = page
-            stream.window = min(2 * stream.window, self._limit)
+            stream.window = self._next_window(stream.window)
             return self._ask(stream, stream.end)
+
+    def _first_window(self, count: int, stride: int) -> int:
+        return min(max(self._least, 2 * count, 2 * stride), self._limit)
+
+    def _next_window(self, window: int) -> int:
+        """As Linux does it."""
+        return min((4 if window < self._limit // 16 else 2) * window, self._limit)
 
     def _find(self, page: int) -> _Stream | None:
         """The stream that a miss belongs to: one that it continues for certain before one that it might."""
@@ -133,7 +145,7 @@ class ReadAhead:
                 return None  # a first step: the next will tell
             if contiguous:
                 stream.stride = 0
-            stream.window = min(max(_FIRST_WINDOW, 2 * (end - page), 2 * stream.stride), self._limit)
+            stream.window = self._first_window(end - page, stream.stride)
             return self._ask(stream, end)
         if page <= stream.last:
             return None  # by threads that do not keep in step
@@ -146,7 +158,7 @@ class ReadAhead:
                 return None
             return self._ask(stream, end)
         # It ran past what it was given, without having touched the marker.
-        stream.window = min(2 * stream.window, self._limit)
+        stream.window = self._next_window(stream.window)
         stream.last = page
         return self._ask(stream, end)
 

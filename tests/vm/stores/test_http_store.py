@@ -14,8 +14,6 @@ import k42
 from k42 import vm
 from k42.vm.files import open_store
 
-pytest.importorskip("aiohttp", reason="needs the extra k42[url]")
-
 QUICK = {"k42": {"backoff": 0.01, "timeout": 5}}
 CONTENT = words(20 * PAGE + 123)
 
@@ -103,7 +101,7 @@ def test_what_passes_is_tried_again(server, opened, frames, trick):
     before = len(server.requests)
     with pytest.raises(vm.StoreError, match="5 attempts") as error:
         fr.fill(frames(21).memfd, 3, 2)
-    # (aiohttp itself asks again at once where a connection that was used before is closed.)
+    # (It is asked again at once where a connection that was used before is closed.)
     assert len(server.requests) == before + 5 or trick is http_server.hang_up
     assert (error.value.url, error.value.offset) == (server.url("/a"), 3 * PAGE)
     assert error.value.__cause__ is not None

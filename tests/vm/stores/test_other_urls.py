@@ -11,7 +11,7 @@ from stores_support import PAGE, padded, words
 
 import k42
 from k42 import vm
-from k42.vm import files
+from k42.vm import credentials
 from k42.vm.files import open_store
 
 fsspec = pytest.importorskip("fsspec", reason="needs the extra k42[url]")
@@ -133,7 +133,7 @@ def test_what_is_missing_is_named(opened, monkeypatch):
     with monkeypatch.context() as context:
         context.setitem(sys.modules, "fsspec.core", None)
         with pytest.raises(vm.Unsupported, match=r"pip install 'k42\[url\]'"):
-            opened("http://127.0.0.1:1/x")
+            opened("memory://x")
     with monkeypatch.context() as context:
         context.setitem(sys.modules, "s3fs", None)
         context.setattr(sys.modules["fsspec.registry"], "_registry", {})
@@ -201,10 +201,10 @@ def test_credentials_are_the_clients_own(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     given = {"key": "id", "secret": "secret", "endpoint_url": "http://127.0.0.1:1"}
-    assert files.with_credentials("s3://a/b", {}) == given
-    assert files.with_credentials("zstd+s3://a/b", {}) == given
+    assert credentials.with_credentials("s3://a/b", {}) == given
+    assert credentials.with_credentials("zstd+s3://a/b", {}) == given
     own = {"key": "mine", "endpoint_url": "there"}
-    assert files.with_credentials("s3://a/b", own) == own
-    assert files.with_credentials("http://a/b", {}) == {}
-    files.forget_credentials()
-    assert files.with_credentials("s3://a/b", {}) == {}
+    assert credentials.with_credentials("s3://a/b", own) == own
+    assert credentials.with_credentials("http://a/b", {}) == {}
+    credentials.forget_credentials()
+    assert credentials.with_credentials("s3://a/b", {}) == {}

@@ -46,7 +46,7 @@ def test_one_who_reads_on_waits_twice(cluster, start):
     cache = Cache(100_000, 256, cluster)
     for page in range(start, 100_000):
         cache.touch(page)
-    assert cache.misses == 2
+    assert cache.misses == (1 if cluster > 1 and start < cluster else 2)  # who begins at the beginning will go on
     assert cache.ahead <= 100_000
 
 
@@ -64,6 +64,17 @@ def test_windows_double_up_to_the_limit():
         assert ask is not None
         assert ask.first == end  # no gap, and nothing twice
     assert sizes == [4, 8, 16, 32, 64, 64, 64, 64]
+
+
+def test_large_windows_are_reached_sooner():
+    policy = ReadAhead(10**6, 4096, 64)
+    ask = policy.missed(0, 16)
+    sizes = []
+    while len(sizes) < 6:
+        assert ask is not None
+        sizes.append(ask.pages)
+        ask = policy.touched(ask.marker)
+    assert sizes == [64, 256, 512, 1024, 2048, 4096]
 
 
 @pytest.mark.parametrize("stride", [2, 3, 5, 13, 31])
