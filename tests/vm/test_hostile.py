@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
+import mmap
 import os
 import random
+import signal
 import socket
 import textwrap
 from collections.abc import Iterator
@@ -13,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vm_support import PAGE, Raw, Script, descriptors_of, until, words
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vm_support import PAGE, Raw, Script, descriptors_of, has_ended, until, words
 
 from k42 import _native, vm
 
@@ -371,3 +376,285 @@ def test_names_that_are_none(scene):
                 assert raw.ask({"op": "unmap", "region": 1 << 30, "base": 1 << 30})["ok"]
             os.close(descriptor)
         assert raw.ask({"op": "stat"})["ok"]
+
+
+# Whatever is said, in whatever order, with whatever descriptors: true ones, others', closed at once, or too many.
+
+_NUMBERS = st.sampled_from([-1, 0, 1, 2, PAGE, 10 * PAGE, 1 << 30, (1 << 30) + PAGE, 1 << 40, 1 << 63, 1 << 64])
+_VALUES = st.one_of(
+    _NUMBERS, st.none(), st.booleans(), st.floats(), st.text(max_size=20), st.lists(_NUMBERS, max_size=3)
+)
+_OPERATIONS = [
+    "hello",
+    "uffd",
+    "map",
+    "window",
+    "unmap",
+    "stat",
+    "channel",
+    "flush",
+    "resize",
+    "pin",
+    "advise",
+    "url_size",
+]
+_MESSAGES = st.one_of(
+    st.binary(max_size=200),
+    st.fixed_dictionaries(
+        {"op": st.sampled_from(_OPERATIONS)},
+        optional={
+            "id": _VALUES,
+            "cpu": st.one_of(st.sampled_from([0, 1]), _VALUES),
+            "base": _NUMBERS,
+            "size": st.one_of(st.sampled_from([PAGE, 10 * PAGE]), _VALUES),
+            "first": st.one_of(st.sampled_from([0, 5]), _VALUES),
+            "group": st.sampled_from([1, 2, 3, 512]),
+            "around": st.sampled_from([1, 16, 17, 1 << 40]),
+            "kind": st.sampled_from(["anonymous", "file", "url", "snapshot", 5]),
+            "mode": st.sampled_from(["r", "r+", "c", "w", 5]),
+            "name": st.text(max_size=10),
+            "url": st.sampled_from(["memory://nothing", "file:///etc/hostname", "x", 5]),
+            "options": st.one_of(st.just({}), _VALUES),
+            "overcommit": st.booleans(),
+            "region": _NUMBERS,
+            "count": _NUMBERS,
+            "advice": st.sampled_from(["normal", "willneed", "dontneed", "x"]),
+            "client": st.sampled_from([1, 2, 3, 1 << 70, "1", None]),
+            "token": st.one_of(st.text(max_size=32), _VALUES),
+            "version": st.sampled_from([1, 1, 1, 0, "1"]),
+        },
+    ),
+)
+_STEPS = st.lists(st.tuples(_MESSAGES, st.lists(st.integers(0, 5), max_size=6)), max_size=12)
+
+
+@pytest.fixture(scope="module")
+def belongings(scene: Scene) -> Iterator[list[int]]:
+    """Descriptors to send: of a file, for reading and for both; a memfd; a userfaultfd; both ends of a pipe."""
+    with scene.client.open(scene.path) as mapping:
+        mine = [
+            os.open(scene.path, os.O_RDONLY),
+            os.open(scene.path, os.O_RDWR),
+            os.memfd_create("some"),
+            userfaultfd(),
+            *os.pipe(),
+        ]
+        assert mapping[0] == 1
+        yield mine
+    for descriptor in mine:
+        os.close(descriptor)
+
+
+@settings(max_examples=int(os.environ.get("K42_FUZZ_EXAMPLES", "60")), deadline=None)
+@given(steps=_STEPS, greeted=st.booleans(), leaves=st.booleans())
+def test_any_conversation(scene, belongings, steps, greeted, leaves):
+    with scene.raw(greeted=greeted) as raw:
+        raw.socket.settimeout(30)
+        for message, chosen in steps:
+            data = message if isinstance(message, bytes) else json.dumps(message).encode()
+            descriptors = [belongings[i] for i in chosen]
+            try:
+                socket.send_fds(raw.socket, [data or b"\0"], descriptors)
+                if leaves and message is steps[-1][0]:
+                    break  # in the middle
+                reply, received, _, _ = socket.recv_fds(raw.socket, 65536, 8)
+                for descriptor in received:
+                    os.close(descriptor)
+                if not reply:
+                    break  # the kernel had enough of us
+                answer = json.loads(reply)
+                assert ("error" in answer) != ("ok" in answer)
+            except (BrokenPipeError, ConnectionResetError):
+                break
+    assert not has_ended(scene.kernel.pid)
+
+
+def test_after_all_conversations(scene):
+    with scene.unharmed():
+        pass
+    assert scene.path.read_bytes() == words(100 * PAGE)
+
+
+def test_channels_of_others(scene):
+    with scene.unharmed(), scene.raw() as raw:
+        mine = raw.ask(HELLO)
+        for greeting in (
+            {"client": mine["client"], "token": "0" * 32},
+            {"client": mine["client"], "token": None},
+            {"client": mine["client"] - 1, "token": mine["token"]},  # a good client, with our token
+            {"client": -1, "token": mine["token"]},
+            {"client": mine["client"]},
+            {},
+        ):
+            with scene.raw(greeted=False) as other:
+                assert "error" in other.ask({"op": "channel"} | greeting), greeting
+        with scene.client.open(scene.path) as theirs, scene.raw(greeted=False) as channel:
+            assert channel.ask({"op": "channel", "client": mine["client"], "token": mine["token"]})["ok"]
+            for operation in ("flush", "prefetch", "pin", "unpin", "region_stat", "resize", "advise"):
+                request = {
+                    "op": operation,
+                    "region": theirs.base,
+                    "first": 0,
+                    "count": 1,
+                    "size": 1,
+                    "advice": "normal",
+                }
+                assert "no such region" in channel.ask(request)["message"]
+
+
+def test_floods_of_channels(scene):
+    with scene.unharmed(), scene.raw() as raw, contextlib.ExitStack() as stack:
+        mine = raw.ask(HELLO)
+        greeting = {"op": "channel", "client": mine["client"], "token": mine["token"]}
+        answers = []
+        for _ in range(40):
+            channel = stack.enter_context(scene.raw(greeted=False))
+            answers.append(channel.ask(greeting))
+            channel.socket.setblocking(False)
+            with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+                for _ in range(1000):  # and reads no answer
+                    channel.socket.send(b'{"op": "region_stat", "region": 5}')
+        assert sum("ok" in answer for answer in answers) == 16
+        assert all("16 channels at most" in answer["message"] for answer in answers if "ok" not in answer)
+        scene.good.tell()
+        assert scene.good.line() == "right"
+
+
+def test_what_the_kernel_gives_is_for_reading(scene):
+    with scene.unharmed(), scene.raw() as raw:
+        raw.socket.send(json.dumps(HELLO).encode())
+        _, received, _, _ = socket.recv_fds(raw.socket, 65536, 8)
+        for descriptor in received:  # why accesses failed, and the commands
+            size = os.fstat(descriptor).st_size
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.write(descriptor, b"x")
+            with pytest.raises(OSError, match="Invalid argument"):
+                os.ftruncate(descriptor, 0)
+            with pytest.raises(PermissionError):
+                mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            if os.getuid() == 0:  # who may do all may do this as well; but not make it shorter than the kernel thinks
+                own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
+                with pytest.raises(PermissionError):
+                    os.ftruncate(own, 0)
+                os.pwrite(own, b"\xff" * size, 0)  # its own status and commands: it harms itself
+                os.close(own)
+            os.close(descriptor)
+
+
+def test_limits_of_one_client(kernels, folder, script):
+    # A kernel that may have few descriptors: each file cache costs it some.
+    code = """
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2048, 2048))
+        folder, = sys.argv[1:]
+        kernel = vm.launch(folder + "/kernel.sock", 1 << 20)
+        greedy, good = vm.connect(kernel.socket), vm.connect(kernel.socket)
+        held = []
+        try:
+            while True:
+                held.append(greedy.anonymous(4096, overcommit=True))
+        except vm.KernelUnavailable as error:
+            say(len(held), error)
+        with good.anonymous(4096) as memory:
+            memory[0] = 1
+            say(memory[0])
+        held.pop().close()
+        held.append(greedy.anonymous(4096, overcommit=True))
+        for mapping in held:
+            mapping.close()
+        shown = greedy.anonymous(4096)
+        say(greedy.stat()["clients"][0]["regions"])
+        greedy.close(), good.close()
+        say(kernel.stop())
+        """
+    greedy = script(code, folder)
+    count, _, message = greedy.line().partition(" ")
+    assert int(count) == 2048 // 16
+    assert "128 file caches at most" in message
+    assert [greedy.line() for _ in range(3)] == ["1", "1", "0"]
+    greedy.good()
+
+
+def test_a_million_opens(scene):
+    # Of the same file, so that each costs nothing but a region; a few more than there may be stand for a million.
+    with scene.unharmed(), scene.raw() as raw:
+        uffd = userfaultfd()
+        assert raw.ask({"op": "uffd", "cpu": 0}, (uffd,))["ok"]
+        os.close(uffd)
+        file = os.open(scene.path, os.O_RDONLY)
+        for n in range(17_000):
+            reply = raw.ask(a_map(scene, kind="file", name="f", base=(n + 1) << 20, size=PAGE), (file,))
+            if "ok" not in reply:
+                break
+        os.close(file)
+        assert n == 16384
+        assert "16384 mappings at most" in reply["message"]
+        assert raw.ask({"op": "unmap", "region": 1 << 20, "base": 1 << 20})["ok"]
+        for n in range(1, 70_000):
+            reply = raw.ask({"op": "window", "region": 2 << 20, "base": (1 << 45) + (n << 20), "cpu": 0})
+            if "ok" not in reply:
+                break
+        assert "windows at most" in reply["message"]
+        scene.good.tell()
+        assert scene.good.line() == "right"
+
+
+def test_connections_that_say_nothing(kernels, folder):
+    kernel = kernels()
+    with contextlib.ExitStack() as stack:
+        for _ in range(400):
+            stack.enter_context(Raw(kernel.socket))
+        with vm.connect(kernel.socket) as client, client.anonymous(PAGE) as memory:
+            assert memory[0] == 0
+        until(lambda: len(descriptors_of(kernel.pid)) < 400, "no more of them are kept than there may be")
+
+
+@pytest.mark.parametrize("how", ["shrink", "punch"])
+def test_frames_that_a_writer_takes_away(kernels, connect, script, folder, how):
+    # Who may write to the file may as well write zeros, or make it end: others see that, or an error. Never more.
+    kernel = kernels(4 << 20)
+    path, other = folder / "file", folder / "other"
+    path.write_bytes(words(64 * PAGE))
+    other.write_bytes(words(64 * PAGE, 1))
+    code = """
+        import ctypes
+        socket, path, how = sys.argv[1:]
+        client = vm.connect(socket)
+        mapping = client.open(path, "r+")
+        mapping[:: 4096]
+        memfd = mapping._shown.memfd
+        if how == "shrink":
+            os.ftruncate(memfd, 4096)
+        else:
+            ctypes.CDLL(None).fallocate(memfd, 3, ctypes.c_long(4096), ctypes.c_long(63 * 4096))
+        say("done")
+        os._exit(0)
+        """
+    client = connect(kernel)
+    with client.open(other) as unrelated:
+        victim = script(
+            """
+            mapping = vm.connect(sys.argv[1]).open(sys.argv[2])
+            wanted = open(sys.argv[2], "rb").read()
+            assert bytes(mapping) == wanted
+            say("read")
+            sys.stdin.readline()
+            try:
+                found = bytes(mapping[4096 * 10 : 4096 * 11])
+                say(found in (wanted[4096 * 10 : 4096 * 11], bytes(4096)))
+            except vm.StoreError as error:
+                say("StoreError", error)
+            """,
+            kernel.socket,
+            path,
+        )
+        victim.line()
+        assert script(code, kernel.socket, path, how).good() == "done\n"
+        victim.tell()
+        status = victim.finish()
+        assert status == -signal.SIGBUS or "True" in (said := victim.rest()) or "StoreError" in said
+        assert bytes(unrelated) == words(64 * PAGE, 1)
+    assert not has_ended(kernel.pid)
+    with connect(kernel).open(other) as unrelated:
+        assert bytes(unrelated) == words(64 * PAGE, 1)
+    assert other.read_bytes() == words(64 * PAGE, 1)

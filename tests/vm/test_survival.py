@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import signal
@@ -141,8 +142,11 @@ WORK = """
     """
 
 
+@pytest.mark.timeout(120 + 5 * ROUNDS)
 @pytest.mark.parametrize("budget", [256, 48], ids=lambda pages: f"{pages} pages")
 def test_killed_at_random_while_clients_read_and_write(supervised, script, folder, budget):
+    if ROUNDS > 100:
+        faulthandler.cancel_dump_traceback_later()  # whoever asks for so many has the time
     kernel = supervised(budget * PAGE)
     other = folder / "other"
     other.write_bytes(words(100 * PAGE))
@@ -339,7 +343,8 @@ def test_a_kernel_that_dies_again_and_again_is_given_up(supervised, kernels, scr
     assert "giving up after 5 deaths" in kernel.log.read_text()
     kernels._started.remove(kernel)
     client.tell()
-    assert client.finish() == -signal.SIGBUS, client.stderr()
+    assert client.finish() == 1
+    assert "the kernel that served the mapping of anonymous memory is gone and none took over" in client.stderr()
 
 
 def test_clients_that_die_meanwhile_are_cleaned_up(supervised, script, folder):

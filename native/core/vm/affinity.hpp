@@ -69,8 +69,8 @@ class Placement {
     // False when the program has changed the thread's mask, which is then left alone.
     bool still_held(const std::shared_ptr<Held>& held);
 
-    // Keeps records in this memfd, from now on; first gives the masks back that a kernel on record there had taken. Before
-    // any thread is held. How many there were; -1 with errno set.
+    // Keeps records in this memfd, from now on; first gives the masks back that a kernel on record there had taken.
+    // Before any thread is held. How many there were; -1 with errno set.
     int keep_records(int memfd);
 
     // Gives the thread its mask back, unless another server has seen a fault of it within `idle` ns.

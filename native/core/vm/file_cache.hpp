@@ -181,9 +181,9 @@ class FileCache {
     };
 
     // Bits of the journal.
-    static constexpr uint8_t kValid = 1;   // the frame holds the page
-    static constexpr uint8_t kDirty = 2;   // and the store does not
-    static constexpr uint8_t kStored = 4;  // of anonymous memory: the store holds a page
+    static constexpr uint8_t kValid = 1;                     // the frame holds the page
+    static constexpr uint8_t kDirty = 2;                     // and the store does not
+    static constexpr uint8_t kStored = 4;                    // of anonymous memory: the store holds a page
     static constexpr uint32_t kOnePin = 16, kMostPins = 15;  // of 15 pins and more the number is not known
 
     Run begin_locked(uint64_t page, Run within, Page** pages);

@@ -364,7 +364,7 @@ class Caches:
         if url is not None:
             key = self.url_key(url[0], url[2])
         fcm = self._make(fr, backing, number, (frames, journal, record["pages"]))
-        if record["store"] == "file" and json.loads(json.dumps(fr.version())) != record["version"]:
+        if record["store"] == "file" and fr.version() != tuple(record["version"]):
             # By others, or by us since it was told: what the frames and the file have in common is not known.
             fcm.discard_clean()
         with self._lock:

@@ -6,6 +6,7 @@ them; the rest go to Python worker threads, pinned to the same CPUs, which call 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import fcntl
@@ -51,6 +52,11 @@ _MAX_LISTED = 64  # file caches whose counts `stat` gives
 _MAX_NAME = 100  # characters, each up to 6 bytes in JSON
 _SPAN = 2 << 20  # bytes: what one page of a page table maps
 _FEW_SPANS = 1024  # a client may always have page tables for so many
+# Of one client. Each is far more than a program needs, and what one may have leaves room for others.
+_MOST_REGIONS = 16384
+_MOST_WINDOWS = 32768  # Linux allows a process 65,530 mappings unless told otherwise (vm.max_map_count)
+_SHARE_OF_DESCRIPTORS = 16  # file caches: a sixteenth of the descriptors, of which each has up to four
+_MOST_NEWCOMERS = 256  # connections that have not said hello
 _MAX_ANONYMOUS = 1 << 46  # bytes: what fits a user's address space
 
 
@@ -67,12 +73,13 @@ class _Mapped:
     windows: dict[int, int] = field(default_factory=dict)  # base address to CPU index
 
 
-@dataclass
+@dataclass(eq=False)
 class _Newcomer:
     """A connection that has not said what it is."""
 
     connection: socket.socket
     pid: int
+    became: _Client | None = None
 
 
 @dataclass
@@ -90,6 +97,8 @@ class _Client:
     sticky: bool = True
     cpus: set[int] = field(default_factory=set)  # indices of the CPUs whose userfaultfd it has handed over
     regions: dict[int, _Mapped] = field(default_factory=dict)
+    windows: int = 0
+    caches: collections.Counter[Cached] = field(default_factory=collections.Counter)  # that regions show
     channels: set[Channel] = field(default_factory=set)
     heard: object = None  # the number of its last request, after a take-over
 
@@ -142,6 +151,7 @@ class Kernel:
         self._engine = _native.Engine(self.cpus, sticky, homing)
         # Twice what the budget fills: beyond it most page tables are of pages that have gone.
         self._most_spans = _FEW_SPANS + 2 * budget // _SPAN
+        self._newcomers: dict[_Newcomer, None] = {}  # in the order of their coming
         self._clients: dict[int, _Client] = {}  # by id; written by the main thread, read by workers
         self._hints = _native.HintQueue()
         self._policy = policy
@@ -219,7 +229,7 @@ class Kernel:
                 for key, _ in self._selector.select(timeout):
                     if callable(key.data):
                         key.data()
-                    else:
+                    elif not isinstance(key.data, _Newcomer) or key.data in self._newcomers:  # else closed just now
                         self._serve(key.data)
         finally:
             self._shut_down(workers)
@@ -367,6 +377,7 @@ class Kernel:
         self._caches.use(cached, writer=mapped.writer)
         cached.fcm.native().attach(region.native())
         client.regions[base] = mapped
+        client.caches[cached] += 1
         if cached.fcm.replaceable():
             self._make_room(group)
 
@@ -388,7 +399,11 @@ class Kernel:
                 protocol.send(connection, protocol.to_reply(error), flags=socket.MSG_DONTWAIT)
             connection.close()
             return
-        self._selector.register(connection, selectors.EVENT_READ, _Newcomer(connection, pid))
+        newcomer = _Newcomer(connection, pid)
+        self._newcomers[newcomer] = None
+        self._selector.register(connection, selectors.EVENT_READ, newcomer)
+        if len(self._newcomers) > _MOST_NEWCOMERS:
+            self._disconnect(next(iter(self._newcomers)))  # who has said nothing for longest
 
     def _welcome(self, newcomer: _Newcomer) -> _Client | None:
         """The objects of a new client; None, and the connection closed, where there is no room for it."""
@@ -397,7 +412,8 @@ class Kernel:
         except OSError as failure:
             log.warning("no room for process %d: %s", newcomer.pid, failure)
             return None
-        self._clients[client.id] = client
+        self._clients[client.id] = newcomer.became = client
+        self._newcomers.pop(newcomer, None)
         self._selector.modify(client.connection, selectors.EVENT_READ, client)
         return client
 
@@ -413,6 +429,9 @@ class Kernel:
                 k42.destroy(object_)
             raise
         process.attach_hat(hat)
+        native = hat.native()
+        for descriptor in (native.status_descriptor(), native.commands_descriptor()):
+            os.fchmod(descriptor, 0o400)  # a client cannot get a writable descriptor by way of /proc
         return _Client(number, newcomer.connection, newcomer.pid, token, pm, process, hat)
 
     def _become_channel(self, newcomer: _Newcomer, message: Message) -> None:
@@ -423,6 +442,7 @@ class Kernel:
         if len(client.channels) >= MOST_CHANNELS:
             raise KernelUnavailable(f"a client has {MOST_CHANNELS} channels at most: wait for one to end its request")
         self._selector.unregister(newcomer.connection)
+        self._newcomers.pop(newcomer, None)
         channel = Channel(newcomer.connection, client, self._caches, client.channels.discard)
         client.channels.add(channel)
         channel.start()
@@ -460,7 +480,7 @@ class Kernel:
         except BlockingIOError:
             pass  # nothing to read after all; or a client that does not read its replies, which harms itself alone
         except (EOFError, OSError):
-            self._disconnect(client)
+            self._disconnect(client.became or client if isinstance(client, _Newcomer) else client)
         finally:
             protocol.close_all(sent)
 
@@ -485,6 +505,7 @@ class Kernel:
             return self._hello(client, message)
         match operation:
             case "hello":
+                self._expect_version(message)
                 return self._greeting(client)
             case "uffd":
                 return self._take_uffd(client, message, descriptors)
@@ -500,11 +521,7 @@ class Kernel:
                 raise ProtocolError(f"unknown request {operation!r}")
 
     def _hello(self, newcomer: _Newcomer, message: Message) -> tuple[Message, list[int]]:
-        if message["version"] != protocol.VERSION:
-            raise KernelUnavailable(
-                f"the kernel (process {os.getpid()}, k42 {k42.__version__}) speaks protocol {protocol.VERSION}, this "
-                f"client {message['version']}: end that kernel, or connect to another socket"
-            )
+        self._expect_version(message)
         homing, sticky = bool(message.get("homing", True)), bool(message.get("sticky", True))
         client = self._welcome(newcomer)
         if client is None:
@@ -516,6 +533,14 @@ class Kernel:
         memory = (native.status_descriptor(), native.commands_descriptor())
         self._ledger.tell(f"client/{client.id}", record, (client.connection.fileno(), *memory))
         return self._greeting(client)
+
+    @staticmethod
+    def _expect_version(message: Message) -> None:
+        if message["version"] != protocol.VERSION:
+            raise KernelUnavailable(
+                f"the kernel (process {os.getpid()}, k42 {k42.__version__}) speaks protocol {protocol.VERSION}, this "
+                f"client {message['version']}: end that kernel, or connect to another socket"
+            )
 
     def _greeting(self, client: _Client) -> tuple[Message, list[int]]:
         native = client.hat.native()
@@ -575,6 +600,7 @@ class Kernel:
             raise ValueError(f"fault_around must be a power of two from {PAGE} to {MAX_GROUP * PAGE} bytes")
         if (mapped := self._made_before(client, base, message)) is not None:
             return {"ok": True, "region": base}, [self._memfd_for(mapped)]
+        self._expect_few(client)
         cached, writer = self._find(client, message, descriptors, group)
         fcm = cached.fcm
         # Of memory that is never written back nobody needs to know whether it was written to.
@@ -589,6 +615,7 @@ class Kernel:
         record |= {"request": message.get("id")}
         record |= {"tracked": tracked, "writer": writer, "follows": follows}
         mapped = _Mapped(region, cached, writer, base, size, record)
+        client.caches[cached] += 1
         try:
             if not client.process.attach_region(base, region):
                 self._forget(client, base, size)
@@ -603,6 +630,23 @@ class Kernel:
             raise
         client.regions[base] = mapped
         return {"ok": True, "region": base}, [sent]
+
+    def _expect_few(self, client: _Client) -> None:
+        """Keeps a client from taking what others need, too."""
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if len(client.regions) >= _MOST_REGIONS:
+            raise KernelUnavailable(f"a client has {_MOST_REGIONS} mappings at most: close some")
+        self._expect_few_windows(client)
+        if len(client.caches) >= (most := descriptors // _SHARE_OF_DESCRIPTORS):
+            raise KernelUnavailable(
+                f"a client has mappings of {most} file caches at most, a sixteenth of the descriptors that the kernel "
+                "may have: close some, or start it with a larger `ulimit -n`"
+            )
+
+    @staticmethod
+    def _expect_few_windows(client: _Client) -> None:
+        if client.windows >= _MOST_WINDOWS:
+            raise KernelUnavailable(f"a client has {_MOST_WINDOWS} windows at most: close some mappings")
 
     def _made_before(self, client: _Client, base: int, message: Message) -> _Mapped | None:
         """The region that this very request has made: by a kernel that died before the client had its answer."""
@@ -677,6 +721,7 @@ class Kernel:
         base = int(message["base"])
         if self._ledger.deaths and mapped.windows.get(base) == index:
             return {"ok": True}, []  # of a request that a kernel before did not live to answer
+        self._expect_few_windows(client)
         if index not in client.cpus or base in mapped.windows:
             raise ProtocolError("this CPU has no userfaultfd, or the window is there already")
         if base % PAGE or (base < mapped.start + mapped.size and mapped.start < base + mapped.size):
@@ -691,6 +736,12 @@ class Kernel:
             if not client.hat.add_window(index, base, mapped.size, mapped.start, follows=follows):
                 raise ProtocolError("the window overlaps another")
         mapped.windows[base] = index
+        client.windows += 1
+
+    def _remove_window(self, client: _Client, mapped: _Mapped, base: int) -> None:
+        del mapped.windows[base]
+        client.windows -= 1
+        client.hat.remove_window(base, mapped.size)
 
     def _forget(self, client: _Client, base: int, size: int) -> None:
         """Ends what the client had at these addresses: it has gone, since the client shows something new there.
@@ -699,8 +750,7 @@ class Kernel:
         """
         for start, mapped in list(client.regions.items()):
             for window in [window for window in mapped.windows if window < base + size and base < window + mapped.size]:
-                del mapped.windows[window]
-                client.hat.remove_window(window, mapped.size)
+                self._remove_window(client, mapped, window)
                 self._tell(client, mapped)
             if not mapped.windows or (start < base + size and base < start + mapped.size):
                 del client.regions[start]
@@ -711,8 +761,7 @@ class Kernel:
         mapped = client.regions.get(start)
         if mapped is None or base not in mapped.windows:
             return {"ok": True}, []  # of a request that the client did not see answered
-        del mapped.windows[base]
-        client.hat.remove_window(base, mapped.size)
+        self._remove_window(client, mapped, base)
         if not mapped.windows:
             del client.regions[start]
             self._destroy(client, mapped)
@@ -729,12 +778,15 @@ class Kernel:
         """Ends a region: no fault is inside, none can come, then all that it had goes."""
         self._ledger.end(f"region/{client.id}/{mapped.start}")
         mapped.region.shutdown()
-        for base in mapped.windows:
-            client.hat.remove_window(base, mapped.size)
+        for base in list(mapped.windows):
+            self._remove_window(client, mapped, base)
         client.process.detach_region(mapped.start)
         self._engine.synchronize()
         mapped.cached.fcm.native().detach(mapped.region.native())
         self._caches.let_go(mapped.cached, writer=mapped.writer)
+        client.caches[mapped.cached] -= 1
+        if client.caches[mapped.cached] <= 0:
+            del client.caches[mapped.cached]
         k42.destroy(mapped.region)
 
     def _disconnect(self, client: _Client | _Newcomer) -> None:
@@ -744,6 +796,7 @@ class Kernel:
             client.connection.shutdown(socket.SHUT_RDWR)  # of the supervisor's duplicate, too
         client.connection.close()
         if isinstance(client, _Newcomer):
+            self._newcomers.pop(client, None)
             return
         for channel in list(client.channels):
             channel.close()
