@@ -33,9 +33,9 @@ from k42.experiments._paging import PAGE
 from k42.experiments._record import Case, Samples
 from k42.experiments._runner import Options, Report, interleave
 
-BUDGET = 64 * 2**20  # bytes: of the kernel
-PROCESSES = 96 * 2**20  # bytes: what a kernel and its client have beside the pages, and Linux's own for both
-QUICK_BUDGET = 16 * 2**20
+BUDGET = 128 * 2**20  # bytes: of the kernel
+PROCESSES = 64 * 2**20  # bytes: what a kernel and its client have beside the pages, and Linux's own for both
+QUICK_BUDGET = 48 * 2**20
 TIMES = 4  # the file is so many times the budget
 ROUNDS = 5
 VISITS = 24_576  # at random
