@@ -1,4 +1,4 @@
-// What the experiments measure with: k42._native.BareWindow, touch() and dontneed().
+// What the experiments measure with: k42._native.BareWindow, touch(), visit_pages() and dontneed().
 #include <sys/mman.h>
 
 #include <cerrno>
@@ -91,6 +91,24 @@ PyObject* touch(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     return PyFloat_FromDouble(seconds);
 }
 
+PyObject* visit_pages(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+    PyObject* buffer;
+    std::uint64_t count, seed, stamp;
+    if (!unpack("visit_pages", args, nargs, buffer, count, seed, stamp)) return nullptr;
+    const Memory memory(buffer, stamp != 0);
+    if (!memory) return nullptr;
+    if (memory.size() < page) {
+        PyErr_SetString(PyExc_ValueError, "there is not one whole page");
+        return nullptr;
+    }
+    vm::Visit visit;
+    {
+        Detached detached;
+        visit = vm::visit_pages(memory.data(), memory.size(), count, seed, stamp);
+    }
+    return Py_BuildValue("(dK)", visit.seconds, visit.wrong);
+}
+
 PyObject* dontneed(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     PyObject* buffer;
     if (!unpack("dontneed", args, nargs, buffer)) return nullptr;
@@ -119,6 +137,10 @@ PyMethodDef functions[] = {
     {"touch", fast(touch), METH_FASTCALL,
      "touch(buffer, stride, write, start): wait for `start` (monotonic ns), touch a byte every `stride`; "
      "seconds."},
+    {"visit_pages", fast(visit_pages), METH_FASTCALL,
+     "visit_pages(buffer, count, seed, stamp): check the numbers that pages begin with, in order or at random, and "
+     "write "
+     "the stamp behind them unless it is 0; (seconds, pages that are wrong)."},
     {"dontneed", fast(dontneed), METH_FASTCALL, "dontneed(buffer): unmap its pages; shared frames stay."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -104,7 +104,13 @@ def _options(
 
 @app.command()
 def experiment(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="One of: counter, faults, grep, memclone, structures.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="One of: attach, counter, faults, grep, memclone, memclone-shared, paging, remote, structures.",
+        ),
+    ],
     machine: Annotated[Machine, typer.Option(help="Where to run it.")] = Machine.real,
     processors: Annotated[
         Any,

@@ -154,4 +154,28 @@ double touch(std::byte* data, std::size_t bytes, std::size_t stride, bool write,
     return double(now() - begin) * 1e-9;
 }
 
+Visit visit_pages(std::byte* data, std::size_t bytes, std::uint64_t count, std::uint64_t seed, std::uint64_t stamp) {
+    constexpr std::size_t page = 4096;
+    const std::uint64_t pages = bytes / page;
+    Visit visit{0, 0};
+    std::uint64_t random = seed;
+    const std::uint64_t begin = now();
+    for (std::uint64_t i = 0; i < count; ++i) {
+        std::uint64_t number = i % pages;
+        if (seed) {
+            // xorshift64: Marsaglia, Xorshift RNGs, 2003.
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            number = random % pages;
+        }
+        auto* words = reinterpret_cast<volatile std::uint64_t*>(data + number * page);
+        // A write is the first touch: so it is one fault, as in a program that only writes.
+        if (stamp) words[1] = stamp;
+        visit.wrong += words[0] != number;
+    }
+    visit.seconds = double(now() - begin) * 1e-9;
+    return visit;
+}
+
 }  // namespace k42::vm

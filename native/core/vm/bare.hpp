@@ -56,4 +56,13 @@ class BareWindow {
 // then touches one byte every `stride` bytes. Returns the seconds that the touching took.
 double touch(std::byte* data, std::size_t bytes, std::size_t stride, bool write, std::uint64_t start);
 
+// Visits pages of memory in which each page begins with its number (64 bits): checks that number, and with a `stamp`
+// that is not 0 writes it into the 64 bits behind. `count` of them, at random from `seed`; with the seed 0 in their
+// order, from the first on.
+struct Visit {
+    double seconds;
+    std::uint64_t wrong;  // pages that began with something else
+};
+Visit visit_pages(std::byte* data, std::size_t bytes, std::uint64_t count, std::uint64_t seed, std::uint64_t stamp);
+
 }  // namespace k42::vm

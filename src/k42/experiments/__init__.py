@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from k42.experiments import counter, faults, grep, memclone, structures
+from k42.experiments import attach, counter, faults, grep, memclone, memclone_shared, paging, remote, structures
 from k42.experiments._runner import Options, Report
 
 __all__ = ["EXPERIMENTS", "Options", "Report"]
 
 EXPERIMENTS: dict[str, Callable[[Options], Report]] = {
+    "attach": attach.run,
     "counter": counter.run,
     "faults": faults.run,
     "grep": grep.run,
     "memclone": memclone.run,
+    "memclone-shared": memclone_shared.run,
+    "paging": paging.run,
+    "remote": remote.run,
     "structures": structures.run,
 }

@@ -133,15 +133,16 @@ def on_processors(processors: int, body: Callable[[int, Gate], float], *, pinned
 
 
 @contextlib.contextmanager
-def own_kernel(budget: int) -> Iterator[str]:
+def own_kernel(budget: int, objects: str | None = None) -> Iterator[str]:
     """Start a k42 kernel for an experiment and stop it afterwards; yields its socket's path.
 
     Args:
         budget: bytes of memory that its pages may take.
+        objects: what to make its objects of, as ``k42 serve --objects`` has it; None: its default.
     """
     from k42 import vm
 
     with tempfile.TemporaryDirectory(prefix="k42-") as folder:
         path = str(Path(folder) / "kernel.socket")
-        with vm.launch(socket=path, budget=budget):
+        with vm.launch(socket=path, budget=budget, objects=objects):
             yield path

@@ -7,12 +7,15 @@ any number of processors.
 
 - `linux`: mmap.mmap. Linux maps up to 16 resident neighbours in one fault.
 - `k42`: k42.vm, with pages of 4 KiB or of 64 KiB.
+- `k42-fcm-shared` and so on: the same, with pages of 4 KiB, in a kernel with that implementation of the FCM: what
+  figure 12 compares.
 
 Before and after the search, outside its time, every byte of the mapping is compared with the file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -21,12 +24,14 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from k42.errors import Error
-from k42.experiments._record import PAGE, PAGE_SIZES, Case, Samples, compared
+from k42.experiments._record import PAGE, PAGE_SIZES, Case, Samples, compared, find
 from k42.experiments._runner import Options, Report, cpus, interleave, own_kernel
+from k42.vm.variants import choices
 
 NBYTES = 111_000_000  # the paper's file
 QUICK_NBYTES = 16_000_000
@@ -57,7 +62,7 @@ def time_per_process(implementation: str, processors: int, path: Path, page_size
     """The mean of the times that the processes take to map and search the file, in s.
 
     Args:
-        implementation: `linux` or `k42`.
+        implementation: `linux`, or one of k42's.
         processors: how many processes, each pinned to a CPU.
         path: the file.
         page_size: bytes; for k42.
@@ -119,10 +124,17 @@ def _answer(searcher: subprocess.Popen[str]) -> dict[str, Any]:
 def measure(options: Options) -> list[Samples]:
     """Measure Linux and k42 with both page sizes, on each number of processors, interleaved."""
     nbytes, rounds = (QUICK_NBYTES, QUICK_ROUNDS) if options.quick else (NBYTES, ROUNDS)
-    with tempfile.TemporaryDirectory(prefix="k42-grep-") as folder, own_kernel(BUDGET) as socket:
-        path = Path(folder) / "text"
+    with contextlib.ExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="k42-grep-"))) / "text"
         write_corpus(path, nbytes)
-        implementations = [("linux", PAGE), *(("k42", page_size) for page_size in PAGE_SIZES)]
+        socket = stack.enter_context(own_kernel(BUDGET))
+        implementations: list[tuple[str, int, str | None]] = [
+            ("linux", PAGE, None),
+            *(("k42", page_size, socket) for page_size in PAGE_SIZES),
+        ]
+        for fcm in choices().get("fcm", ()):
+            socket = stack.enter_context(own_kernel(BUDGET, f"fcm={fcm}"))
+            implementations.append((f"k42-fcm-{fcm}", PAGE, socket))
         return interleave(
             [
                 Case(
@@ -132,10 +144,24 @@ def measure(options: Options) -> list[Samples]:
                     functools.partial(time_per_process, name, processors, path, page_size, socket),
                 )
                 for processors in options.processors
-                for name, page_size in implementations
+                for name, page_size, socket in implementations
             ],
             rounds,
         )
+
+
+def findings(samples: Sequence[Samples]) -> list[str]:
+    """The ratios to Linux, and those of the implementations of the FCM, a line each."""
+    lines = compared(samples)
+    for processors in sorted({each.case.processors for each in samples}):
+        shared = find(samples, "k42-fcm-shared", processors, PAGE)
+        for fcm in choices().get("fcm", ()):
+            other = find(samples, f"k42-fcm-{fcm}", processors, PAGE)
+            if shared and other and fcm != "shared":
+                wanted = "at most 1.05" if processors == 1 else "below 1"
+                ratio = other.ratio(shared)
+                lines.append(f"k42, {fcm} / shared FCM (4 KiB, {processors} proc.) = {ratio:.2f}, wanted: {wanted}")
+    return lines
 
 
 def run(options: Options) -> Report:
@@ -144,5 +170,5 @@ def run(options: Options) -> Report:
     return Report(
         "grep: one file searched by each process; every byte checked",
         [each.record("grep", "time_per_process", "s") for each in samples],
-        compared(samples),
+        findings(samples),
     )

@@ -78,3 +78,8 @@ _CLASSES: dict[str, dict[str, Any]] = {
     },
     "global_pm": {"shared": SharedGlobalPM, "distributed": DistributedGlobalPM},
 }
+
+
+def choices() -> dict[str, tuple[str, ...]]:
+    """The objects that have several implementations, and a name of each, as `Variants.named` takes them."""
+    return {name: tuple({made: text for text, made in classes.items()}.values()) for name, classes in _CLASSES.items()}
