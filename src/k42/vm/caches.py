@@ -74,7 +74,7 @@ class Caches:
         self._global_pm = global_pm
         self._make = make
         self._wrote = wrote
-        self._swap = swap
+        self.swap = swap
         # Protects the table, and the counts of users; before all locks but those of clients. No store is asked with it
         # but a local file.
         self._lock = threading.Lock()
@@ -185,7 +185,7 @@ class Caches:
             self._global_pm.reserve(reserved)
         try:
             fr: FileRepresentative
-            if overcommit and self._swap:
+            if overcommit and self.swap:
                 # Room for two pages, since one access may lie across both.
                 self._global_pm.promise_file(min(2, self._global_pm.usage()["budget"]))
                 fr, backing = SwapFR.create(size), Backing.FILE
@@ -217,7 +217,7 @@ class Caches:
         """
         size = of.fcm.fr().size()
         # Without swap space there must be a frame for each page that either side will write to.
-        backing, reserved = (Backing.FILE, 0) if self._swap else (Backing.RESERVED, pages_of(size))
+        backing, reserved = (Backing.FILE, 0) if self.swap else (Backing.RESERVED, pages_of(size))
         if reserved:
             self._global_pm.reserve(reserved)
         else:

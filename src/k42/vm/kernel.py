@@ -520,7 +520,8 @@ class Kernel:
                 return self._caches.opened_url(str(message["url"]), options, writer=writer), writer
             case "snapshot":
                 of = client.regions[int(message["of"])].cached
-                self._make_room(group)
+                if self._caches.swap:
+                    self._make_room(group)
                 return self._caches.snapshot(of, str(message["name"]), self._stopped), False
             case kind:
                 raise ProtocolError(f"no kind {kind!r}")

@@ -116,6 +116,7 @@ class Node:
         self.cache: _native.FileCache = fcm.native()
         self.source: Node | None = None
         self.heir: Node | None = None
+        self.lost: dict[int, str] = {}  # pages that cannot be read as they were, and why; under their stripes
         self._global_pm = global_pm
         self._backing = backing
         self.tree.join()
@@ -148,8 +149,13 @@ class Node:
                 time.sleep(0.001)
         raise StoreError("the pages of a mapping could not be protected", url=self.fcm.fr().name())
 
-    def preserve(self, page: int) -> None:
-        """Returns when the heir has the page, so that it may change here.
+    def preserve(self, page: int, *, must: bool = False) -> None:
+        """Returns when the heir has the page, so that it may change here; or when it is known that nobody can read it
+        as it was, in which case reading it there is a `StoreError` from now on.
+
+        Args:
+            page: its number.
+            must: that is an error here instead.
 
         Raises:
             OutOfFrames, StoreError: the heir cannot have it.
@@ -169,10 +175,15 @@ class Node:
                     if heir is None:
                         return
                     seen = heir.cache.endings()
-                    owned = heir.cache.own(page)
+                    owned = _Owned.OWNED if page in heir.lost else heir.cache.own(page)
                     if owned == _Owned.LACKS and frames and heir.cache.begin_io(page, page, 1)[1]:
                         frames = 0  # with the page, or given back
-                        heir.fcm.take_over(page)
+                        try:
+                            heir.fcm.take_over(page)
+                        except StoreError as error:
+                            if must:
+                                raise
+                            heir.lost[page] = str(error)
                         owned = _Owned.OWNED
                     if owned == _Owned.OWNED:
                         self.cache.allow(page, generation)
@@ -214,14 +225,16 @@ class Node:
         Raises:
             StoreError: it is not to be had.
         """
+        self._refuse(page)
         node = self.source
         while node is not None:
+            node._refuse(page)
             if node.cache.pin(page, 1):
                 try:
                     _frames.put(memfd, page * PAGE, _frames.take(node.cache.memfd(), page * PAGE, PAGE))
                 finally:
                     node.cache.unpin(page, 1)
-                return
+                break
             # Not resident: its store has it, since it would not be dirty without the stripe.
             fr = k42.local(node.fcm.fr())
             if node.source is None or node.cache.stored(page):
@@ -229,9 +242,18 @@ class Node:
                     fr.fill_own(memfd, page, 1)
                 else:
                     node.fcm.fr().fill(memfd, page, 1)
-                return
+                break
             node = node.source
-        _frames.put_zeros(memfd, page * PAGE, (page + 1) * PAGE)
+        else:
+            _frames.put_zeros(memfd, page * PAGE, (page + 1) * PAGE)
+            return
+        if node.source is None and not node.fcm.fr().steady():
+            reason = "others changed it since, and this page of the snapshot was not read before"
+            raise StoreError(reason, url=node.fcm.fr().name(), offset=page * PAGE)
+
+    def _refuse(self, page: int) -> None:
+        if reason := self.lost.get(page):
+            raise StoreError(reason, url=self.fcm.fr().name(), offset=page * PAGE)
 
     def leave(self) -> Node | None:
         """Hands what it has over to its heir, if there is one, and leaves the list; no region shows it any more.
@@ -248,11 +270,14 @@ class Node:
                 heir = self.heir  # a snapshot of this cannot come any more
                 if heir is not None:
                     for page in self._owned(heir) - done:
-                        self.preserve(page)
+                        self.preserve(page, must=True)
                         done.add(page)
                 with self.tree.all_pages():
                     if heir is not None and self._owned(heir) - done:
                         continue  # its source has preserved more here meanwhile
+                    for page, reason in self.lost.items() if heir is not None else ():
+                        if heir.cache.own(page) != _Owned.OWNED:
+                            heir.lost[page] = reason
                     with self.tree.links:
                         source = self.source
                         if heir is not None:
