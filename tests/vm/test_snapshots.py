@@ -247,6 +247,38 @@ def test_each_snapshot_is_one_moment_of_all_writers(kernels, connect, folder: Pa
         assert bytes(snapshot) == was
 
 
+def test_children_that_end_in_any_way_damage_nothing(shared_kernel, script, folder: Path):
+    path = folder / "file"
+    path.write_bytes(words(8 * PAGE))
+    code = """
+        client = vm.connect(sys.argv[1])
+        mapping, memory = client.open(sys.argv[2], "r+"), client.anonymous(8 * 4096)
+        memory[0] = 1
+        snapshots = [mapping.snapshot(), memory.snapshot()]
+        wanted = [open(sys.argv[2], "rb").read(), bytes([1]) + bytes(8 * 4096 - 1)]
+        mapping[4096] = memory[4096] = 77
+        views = [memoryview(m) for m in (mapping, memory, *snapshots)]
+        for way in range(4):
+            for view in views:
+                if (child := os.fork()) == 0:
+                    if way == 0:
+                        view[5 * 4096]  # which ends in a signal
+                    elif way == 1:
+                        os.execv("/bin/true", ["true"])
+                    elif way == 2:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    sys.exit(0)
+                mapping[2 * 4096 + way] = memory[2 * 4096 + way] = way
+                os.waitpid(child, 0)
+        say([bytes(snapshot) for snapshot in snapshots] == wanted)
+        say(memory[:2], mapping[4096], memory[5 * 4096], mapping[2 * 4096 + 3])
+        """
+    parent = script(code, shared_kernel.socket, path, options=("-W", "ignore::DeprecationWarning"))
+    assert parent.line() == "True"
+    assert parent.line() == r"b'\x01\x00' 77 0 3"
+    parent.good()
+
+
 class Snapshots(RuleBasedStateMachine):
     """An origin and up to four snapshots, of each other, against byte arrays."""
 
