@@ -51,6 +51,17 @@ PyObject* list_of(const std::vector<vm::FileCache::Run>& runs) {
     return list.release();
 }
 
+PyObject* list_of_pages(const std::vector<uint64_t>& pages) {
+    Ref list = Ref::steal(PyList_New(Py_ssize_t(pages.size())));
+    if (!list) return nullptr;
+    for (size_t i = 0; i < pages.size(); ++i) {
+        PyObject* number = PyLong_FromUnsignedLongLong(pages[i]);
+        if (!number) return nullptr;
+        PyList_SET_ITEM(list.get(), Py_ssize_t(i), number);
+    }
+    return list.release();
+}
+
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     PyObject* pool;
     int memfd, journal, cpus;
@@ -61,7 +72,7 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     }
     FramePoolValue* frames = checked<FramePoolValue>(pool, vm_types.frame_pool);
     if (!frames) return nullptr;
-    if (fill > uint32_t(vm::Fill::store) || backing > uint32_t(vm::Backing::overcommitted) ||
+    if (fill > uint32_t(vm::Fill::source) || backing > uint32_t(vm::Backing::overcommitted) ||
         policy > uint32_t(vm::Policy::s3fifo) || tables > uint32_t(vm::Tables::partitioned) || pages == 0 || cpus < 1 ||
         cpus > 65536) {
         PyErr_SetString(PyExc_ValueError, "no such fill, backing, policy or table, no pages, or no CPUs");
@@ -156,10 +167,11 @@ PyObject* begin_fill(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 PyObject* complete_prefetch(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t first;
     uint32_t count;
-    if (!unpack("complete_prefetch", args, nargs, first, count) || !to_run(first, count)) return nullptr;
+    bool own;
+    if (!unpack("complete_prefetch", args, nargs, first, count, own) || !to_run(first, count)) return nullptr;
     {
         Detached detached;
-        cache_of(self).complete_io(nullptr, first, {first, count}, 0, 0);
+        cache_of(self).complete_io(nullptr, first, {first, count}, 0, 0, own);
     }
     Py_RETURN_NONE;
 }
@@ -281,6 +293,61 @@ PyObject* resize(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
+PyObject* share(PyObject* self, PyObject*) {
+    bool safe;
+    {
+        Detached detached;
+        safe = cache_of(self).share();
+    }
+    return PyBool_FromLong(safe);
+}
+
+PyObject* unshare(PyObject* self, PyObject*) {
+    cache_of(self).unshare();
+    Py_RETURN_NONE;
+}
+
+PyObject* generation(PyObject* self, PyObject*) { return PyLong_FromUnsignedLongLong(cache_of(self).generation()); }
+
+PyObject* allow(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t page, generation;
+    if (!unpack("allow", args, nargs, page, generation)) return nullptr;
+    {
+        Detached detached;
+        cache_of(self).allow(page, generation);
+    }
+    Py_RETURN_NONE;
+}
+
+PyObject* own(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t page;
+    if (!unpack("own", args, nargs, page)) return nullptr;
+    vm::FileCache::Owned owned;
+    {
+        Detached detached;
+        owned = cache_of(self).own(page);
+    }
+    return PyLong_FromLong(long(owned));
+}
+
+PyObject* owned(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    bool all;
+    if (!unpack("owned", args, nargs, all)) return nullptr;
+    std::vector<uint64_t> pages;
+    {
+        Detached detached;
+        pages = cache_of(self).owned(all);
+    }
+    return list_of_pages(pages);
+}
+
+PyObject* stored(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t page;
+    if (!unpack("stored", args, nargs, page)) return nullptr;
+    if (page >= cache_of(self).pages()) Py_RETURN_FALSE;
+    return PyBool_FromLong(cache_of(self).stored(page));
+}
+
 PyObject* pin(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t first;
     uint32_t count;
@@ -384,14 +451,7 @@ PyObject* resident(PyObject* self, PyObject*) {
         Detached detached;
         pages = cache_of(self).table().resident();
     }
-    Ref list = Ref::steal(PyList_New(Py_ssize_t(pages.size())));
-    if (!list) return nullptr;
-    for (size_t i = 0; i < pages.size(); ++i) {
-        PyObject* number = PyLong_FromUnsignedLongLong(pages[i]);
-        if (!number) return nullptr;
-        PyList_SET_ITEM(list.get(), Py_ssize_t(i), number);
-    }
-    return list.release();
+    return list_of_pages(pages);
 }
 
 PyObject* sizes(PyObject* self, PyObject*) {
@@ -411,7 +471,17 @@ PyMethodDef methods[] = {
     {"begin_fill", fast(begin_fill), METH_FASTCALL,
      "begin_fill(first, count): the same with the first absent run in the range; (first, 0): there is none."},
     {"complete_prefetch", fast(complete_prefetch), METH_FASTCALL,
-     "complete_prefetch(first, count): the run is filled, and no fault waits to be mapped."},
+     "complete_prefetch(first, count, own): the run is filled, and no fault waits to be mapped; own: it is dirty."},
+    {"share", share, METH_NOARGS, "An heir reads here from now on: no write passes without allow(); False: try again."},
+    {"unshare", unshare, METH_NOARGS, "No heir any more."},
+    {"generation", generation, METH_NOARGS, "Counts the calls of share()."},
+    {"allow", fast(allow), METH_FASTCALL,
+     "allow(page, generation): the heir has the page; nothing where share() was called since."},
+    {"own", fast(own), METH_FASTCALL,
+     "own(page): of a snapshot: the page comes from the source no more; 0: it is not here, 1: so it is, 2: in I/O."},
+    {"owned", fast(owned), METH_FASTCALL,
+     "owned(all): the pages that are here alone, dirty or in swap space; all: and what else is resident."},
+    {"stored", fast(stored), METH_FASTCALL, "stored(page): whether swap space has it."},
     {"abort_io", fast(abort_io), METH_FASTCALL, "abort_io(first, count): the run is absent again, waiters woken."},
     {"reclaim", fast(reclaim), METH_FASTCALL,
      "reclaim(count, thorough): evict up to so many clean pages by the policy; (frames given, dirty pages put in "

@@ -68,6 +68,14 @@ PyObject* shutdown(PyObject* self, PyObject*) {
     Py_RETURN_NONE;
 }
 
+PyObject* track(PyObject* self, PyObject*) {
+    region_of(self).tracked.store(true, std::memory_order_relaxed);
+    Py_RETURN_NONE;
+}
+PyObject* tracked(PyObject* self, PyObject*) {
+    return PyBool_FromLong(region_of(self).tracked.load(std::memory_order_relaxed));
+}
+
 PyObject* inside(PyObject* self, PyObject*) { return PyLong_FromUnsignedLong(region_of(self).gate.inside()); }
 
 PyObject* group_of(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
@@ -133,6 +141,8 @@ PyMethodDef region_methods[] = {
     {"stop", stop, METH_NOARGS, "Hold newcomers, wait for those inside; False when shut down."},
     {"restart", restart, METH_NOARGS, "Let newcomers in again; False when it was not stopped."},
     {"shutdown", shutdown, METH_NOARGS, "Reject newcomers for ever, wait for those inside."},
+    {"track", track, METH_NOARGS, "Writes to clean pages are faults from now on; while it is stopped."},
+    {"tracked", tracked, METH_NOARGS, "Whether they are."},
     {"inside", inside, METH_NOARGS, "Requests inside the gate."},
     {"distribute", fast(distribute), METH_FASTCALL,
      "distribute(distributed): count the requests by processor, or in one word; waits for those inside."},

@@ -443,3 +443,34 @@ def test_a_take_over_with_a_client_that_reads_nothing(supervised, folder):
             kill(kernel)
             with client.anonymous(PAGE) as memory:
                 assert memory[0] == 0
+
+
+@pytest.mark.parametrize("overcommit", [False, True])
+def test_a_snapshot_has_what_it_had_or_an_error_but_no_wrong_byte(supervised, connect, overcommit):
+    supervisor = supervised()
+    client = connect(supervisor)
+    pages = 12
+    mine = client.anonymous(pages * PAGE, overcommit=overcommit)
+    before = words(pages * PAGE, 1)
+    mine[:] = before
+    snapshot = mine.snapshot()
+    mine[:PAGE] = words(PAGE, 2)  # the snapshot is given the page
+    snapshot[PAGE : 2 * PAGE] = words(PAGE, 3)
+    assert bytes(snapshot[2 * PAGE : 3 * PAGE]) == before[2 * PAGE : 3 * PAGE]
+    kill(supervisor)
+    mine[: 4 * PAGE] = words(4 * PAGE, 4)
+    assert bytes(mine) == words(4 * PAGE, 4) + before[4 * PAGE :]
+    assert bytes(snapshot[:PAGE]) == before[:PAGE]
+    assert bytes(snapshot[PAGE : 2 * PAGE]) == words(PAGE, 3)
+    assert bytes(snapshot[2 * PAGE : 3 * PAGE]) == before[2 * PAGE : 3 * PAGE]
+    with pytest.raises(vm.StoreError, match="its kernel died"):
+        bytes(snapshot[8 * PAGE : 9 * PAGE])
+    with pytest.raises(vm.StoreError, match="its kernel died"):
+        snapshot[9 * PAGE : 9 * PAGE + 1] = b"x"
+    with pytest.raises(vm.Unsupported, match="has no snapshots"):
+        snapshot.snapshot()
+    with mine.snapshot() as other:
+        mine[:PAGE] = words(PAGE, 5)
+        assert bytes(other[: 4 * PAGE]) == words(4 * PAGE, 4)
+    snapshot.close()
+    mine.close()

@@ -219,11 +219,11 @@ bool Engine::handle(FaultAt fault, std::optional<uint64_t> canonical) {
     const uint64_t page = region.page_at(*canonical);
     const Region::Group group = region.group_of(page);
     const Region::Group around = region.around_of(page);
-    fault.tracked = region.tracked;
+    fault.tracked = region.tracked.load(std::memory_order_relaxed);
     const Outcome outcome =
         region.cache->resolve(fault, page, {group.first, group.count}, {around.first, around.count});
     region.gate.leave();
-    return outcome != Outcome::absent && outcome != Outcome::no_frame;
+    return outcome != Outcome::absent && outcome != Outcome::no_frame && outcome != Outcome::shared;
 }
 
 std::optional<HandedUp> Engine::next(int cpu) {

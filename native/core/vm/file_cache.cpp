@@ -108,10 +108,11 @@ Outcome FileCache::map_run(const FaultAt& fault, uint64_t page, Run run, bool wr
     return result.error == 0 ? Outcome::mapped : settle(fault, result.error);
 }
 
+// `cpu`: of the fault; -1: there is none.
 void FileCache::make_dirty(Page* page, int cpu) {
     write_journal(page->index, journaled(page->index) | kValid | kDirty);
     page->set(Page::kDirty);
-    cpu_counts_[cpu].dirtied.fetch_add(1, std::memory_order_relaxed);
+    (cpu < 0 ? prefilled_dirty_ : cpu_counts_[cpu].dirtied).fetch_add(1, std::memory_order_relaxed);
 }
 
 // The CPUs on which any of these pages was mapped since it became resident.
@@ -201,6 +202,10 @@ Outcome FileCache::zero_run(const FaultAt& fault, uint64_t page, Run run, Page**
 }
 
 Outcome FileCache::resolve_resident(const FaultAt& fault, Page* page, Run around) {
+    if (fault.write && fault.tracked && !may_change(page)) {
+        table_->unlock(&page, 1);
+        return Outcome::shared;
+    }
     CpuCounts& counts = cpu_counts_[fault.cpu];
     counts.mapped.fetch_add(1, std::memory_order_relaxed);
     if (fault.write && fault.tracked && !page->is(Page::kDirty)) {
@@ -213,16 +218,20 @@ Outcome FileCache::resolve_resident(const FaultAt& fault, Page* page, Run around
     Run run{page->index, 1};
     // A write to a page that is mapped concerns that page alone.
     if (around.count > 1 && !fault.guarded) run = table_->lock_around(page, around.first, around.count, pages);
-    const bool writable = !fault.tracked || page->is(Page::kDirty);
+    // Looked at with all of them locked. Under an heir's eyes a write concerns its page alone, and a read allows none.
+    const bool shared = heir_.load(std::memory_order_seq_cst);
+    const bool writable = !fault.tracked || (shared ? fault.write : page->is(Page::kDirty));
     note_use(fault, pages, run.count);
-    give_hint(run);
-    const Outcome outcome = map_run(fault, page->index, run, writable);
-    if (outcome == Outcome::mapped) table_->copy(pages, run.count);
+    const Run mapped = shared && writable && fault.tracked ? Run{page->index, 1} : run;
+    give_hint(mapped);
+    const Outcome outcome = map_run(fault, page->index, mapped, writable);
+    if (outcome == Outcome::mapped && !shared) table_->copy(pages, run.count);
     table_->unlock(pages, run.count);
     return outcome;
 }
 
 Outcome FileCache::resolve(const FaultAt& fault, uint64_t page, Run group, Run around) {
+    // Under an heir's eyes there are no copies.
     if (const PageTable::Held held =
             table_->hold(page, around.first, around.count, fault.write && fault.tracked, cpu_bit(fault.cpu));
         held.count) {
@@ -267,7 +276,8 @@ Outcome FileCache::resolve(const FaultAt& fault, uint64_t page, Run group, Run a
         case PageState::resident:
             break;  // dealt with above
         case PageState::absent:
-            if (fill_ == Fill::zero && !(journaled(page) & kStored)) {
+            // What an heir may read comes in as all else does: mapped so that a write is a fault.
+            if (fill_ == Fill::zero && !(journaled(page) & kStored) && !heir_.load(std::memory_order_seq_cst)) {
                 Run run = run_around(pages, group.first, group.count, page);
                 // Not over pages that the store has.
                 uint64_t first = page;
@@ -348,7 +358,7 @@ bool FileCache::wait_ending(uint64_t seen, std::chrono::milliseconds timeout) {
     return ending_.wait_for(guard, timeout, [&] { return endings_ != seen; });
 }
 
-Outcome FileCache::complete_io(const FaultAt* fault, uint64_t page, Run run, uint64_t begin, uint64_t end) {
+Outcome FileCache::complete_io(const FaultAt* fault, uint64_t page, Run run, uint64_t begin, uint64_t end, bool own) {
     Page* pages[kMaxGroup];
     table_->lock(run.first, run.count, pages);
     const uint64_t limit = this->pages();
@@ -357,6 +367,7 @@ Outcome FileCache::complete_io(const FaultAt* fault, uint64_t page, Run run, uin
         if (run.first + i >= limit) break;  // the file shrank meanwhile
         pages[i]->set_state(PageState::resident);
         write_journal(run.first + i, uint8_t((journaled(run.first + i) & kStored) | kValid));
+        if (own) make_dirty(pages[i], -1);
         if (replaceable()) table_->replacement(table_->part_of(run.first + i)).insert(run.first + i);
         ++kept;
     }
@@ -368,16 +379,21 @@ Outcome FileCache::complete_io(const FaultAt* fault, uint64_t page, Run run, uin
     auto& filled = fault ? cpu_counts_[fault->cpu].filled : prefetched_;
     filled.fetch_add(kept, std::memory_order_relaxed);
     Outcome outcome = Outcome::mapped;
-    if (fault && page < run.first + kept) {
+    const bool shared = heir_.load(std::memory_order_seq_cst);
+    // The region may track writes only since an heir came, after the fault.
+    const bool tracked = fault && (fault->tracked || (shared && anonymous()));
+    const bool write = tracked && fault->write;
+    // A write that an heir must be asked about first happens again.
+    if (fault && page < run.first + kept && !(write && shared)) {
         const uint64_t from = std::max(run.first, begin);
         const uint64_t to = std::min(run.first + kept, end);
         Run mapped{from, uint32_t(to - from)};
-        if (fault->write && fault->tracked) {
+        if (write) {
             make_dirty(pages[page - run.first], fault->cpu);
             mapped = {page, 1};
         }
         note_use(*fault, pages + (mapped.first - run.first), mapped.count);
-        outcome = map_run(*fault, page, mapped, !fault->tracked || fault->write);
+        outcome = map_run(*fault, page, mapped, !tracked || fault->write);
     } else if (fault) {
         fault->hat->wake(fault->cpu, fault->address, kPageSize);
     }
@@ -549,7 +565,8 @@ FileCache::Writing FileCache::begin_write_locked(Run within, Page** pages) {
     const uint32_t used = used_by(pages + from, run.count);
     bool safe = true;
     each_region([&](Region& region) {
-        if (region.tracked) safe = region.hat->protect(region, run.first, run.count, used) && safe;
+        if (region.tracked.load(std::memory_order_relaxed))
+            safe = region.hat->protect(region, run.first, run.count, used) && safe;
     });
     if (!safe) {
         writing.busy += run.count;
@@ -613,7 +630,7 @@ uint64_t FileCache::end_write(Run run, bool written, bool evict) {
         given += going;
         going = 0;
     };
-    const uint8_t stored = fill_ == Fill::zero ? kStored : 0;
+    const uint8_t stored = anonymous() ? kStored : 0;
     if (stored && written) stored_.store(true, std::memory_order_release);
     for (uint32_t i = 0; i < run.count; ++i) {
         Page* page = pages[i];
@@ -699,7 +716,7 @@ uint64_t FileCache::discard(uint64_t first, uint64_t end, bool dirty) {
         }
         table_->unlock(locked, run.count);
     }
-    if (dirty && stored_.load(std::memory_order_acquire)) forget_stored(first, std::min(end, this->pages()));
+    if (dirty) forget_stored(first, std::min(end, this->pages()));
     if (given) pool_->release(given, backing_);
     for (size_t part = 0; part < table_->parts(); ++part) {
         Replacement& order = table_->replacement(part);
@@ -711,7 +728,7 @@ uint64_t FileCache::discard(uint64_t first, uint64_t end, bool dirty) {
 }
 
 template <typename Visit>
-void FileCache::each_journaled(uint64_t first, uint64_t end, Visit&& visit) {
+void FileCache::each_journaled(uint64_t first, uint64_t end, Visit&& visit) const {
     // Holes of the journal are not looked at, or they would become memory.
     for (auto at = off_t(first); at < off_t(end);) {
         const off_t data = lseek(journal_fd_, at, SEEK_DATA);
@@ -724,10 +741,16 @@ void FileCache::each_journaled(uint64_t first, uint64_t end, Visit&& visit) {
     }
 }
 
-void FileCache::forget_stored(uint64_t first, uint64_t end) {
+template <typename Visit>
+void FileCache::each_stored(uint64_t first, uint64_t end, Visit&& visit) const {
+    if (!stored_.load(std::memory_order_acquire)) return;
     each_journaled(first, end, [&](uint64_t page, uint8_t seen) {
-        if (seen & kStored) write_journal(page, seen & uint8_t(~kStored));
+        if (seen & kStored) visit(page);
     });
+}
+
+void FileCache::forget_stored(uint64_t first, uint64_t end) {
+    each_stored(first, end, [&](uint64_t page) { write_journal(page, journaled(page) & uint8_t(~kStored)); });
 }
 
 void FileCache::forget_holes() {
@@ -748,6 +771,79 @@ bool FileCache::resize(uint64_t pages) {
     if (pages == 0 || pages > journal_bytes_) return false;
     pages_.store(pages, std::memory_order_seq_cst);
     return true;
+}
+
+bool FileCache::share() {
+    heir_.store(true, std::memory_order_seq_cst);
+    generation_.fetch_add(1, std::memory_order_seq_cst);
+    // All descriptors, also of pages that are just becoming resident. Who makes one later finds that there is an heir.
+    std::vector<uint64_t> found;
+    table_->each([&](const Page& page) { found.push_back(page.index); });
+    std::sort(found.begin(), found.end());
+    bool safe = true;
+    for (size_t i = 0; i < found.size();) {
+        size_t next = i + 1;
+        while (next < found.size() && next - i < kMaxGroup && found[next] == found[next - 1] + 1) ++next;
+        const Run run{found[i], uint32_t(next - i)};
+        i = next;
+        Page* pages[kMaxGroup];
+        table_->lock(run.first, run.count, pages);
+        table_->recall(pages, run.count);
+        for (uint32_t k = 0; k < run.count; ++k) pages[k]->clear(Page::kAllowed);
+        const uint32_t used = used_by(pages, run.count);
+        each_region([&](Region& region) {
+            if (!region.tracked.load(std::memory_order_relaxed)) return;
+            safe = region.hat->protect(region, run.first, run.count, used) && safe;
+        });
+        table_->unlock(pages, run.count);
+    }
+    return safe;
+}
+
+void FileCache::allow(uint64_t page, uint64_t generation) {
+    Page* descriptor;
+    table_->lock(page, 1, &descriptor);
+    // share() changes the generation before it comes to the page.
+    if (descriptor->state() == PageState::resident && this->generation() == generation) {
+        descriptor->set(Page::kAllowed);
+    }
+    table_->unlock(&descriptor, 1);
+}
+
+FileCache::Owned FileCache::own(uint64_t page) {
+    if (page >= this->pages()) return Owned::owned;  // it has no use for the page
+    Page* descriptor;
+    table_->lock(page, 1, &descriptor);
+    Owned owned = journaled(page) & kStored ? Owned::owned : Owned::lacks;
+    switch (descriptor->state()) {
+        case PageState::absent:
+            break;
+        case PageState::io:
+            if (owned == Owned::lacks) owned = Owned::busy;
+            break;
+        case PageState::resident:
+            // While it is written back swap space will have it, or else it is dirty again.
+            if (owned == Owned::lacks && !descriptor->is(Page::kDirty | Page::kWriting)) {
+                table_->recall(&descriptor, 1);
+                make_dirty(descriptor, -1);
+            }
+            owned = Owned::owned;
+            break;
+    }
+    table_->unlock(&descriptor, 1);
+    return owned;
+}
+
+std::vector<uint64_t> FileCache::owned(bool all) const {
+    std::vector<uint64_t> found;
+    table_->each([&](const Page& page) {
+        const bool here = page.state() == PageState::resident && (all || page.is(Page::kDirty | Page::kWriting));
+        if (here && page.index < pages()) found.push_back(page.index);
+    });
+    each_stored(0, pages(), [&](uint64_t page) { found.push_back(page); });
+    std::sort(found.begin(), found.end());
+    found.erase(std::unique(found.begin(), found.end()), found.end());
+    return found;
 }
 
 bool FileCache::pin(Run run) {

@@ -9,6 +9,10 @@
 // windows, before it reads the frame: a write that comes later makes it dirty again and is never missed. Only clean
 // pages are evicted: the frame is punched out of the memfd, which removes all its mappings at once.
 //
+// A snapshot is a file cache that reads what it does not have itself from its source. The source in turn does not let a
+// page of its own change before its heir, the youngest of its snapshots, has it: share() protects all pages, and a
+// write to one that was not allowed since is answered `shared` (src/k42/vm/snapshot.py does the rest).
+//
 // The journal, one byte a page in a memfd of its own, says what outlives this process: which frames are valid and which
 // are dirty. It is written before a frame becomes less than it says, and after it has become more.
 #pragma once
@@ -32,7 +36,11 @@
 
 namespace k42::vm {
 
-enum class Fill : uint8_t { zero, store };
+enum class Fill : uint8_t {
+    zero,    // anonymous memory: zeros, but for pages that its store has
+    store,   // the store has all pages
+    source,  // a snapshot: as `zero`, but pages that are nowhere are asked for
+};
 
 // What the page table is: see the three classes of that name. The first two can be changed into each other.
 enum class Tables : uint8_t { shared, replicated, partitioned };
@@ -45,6 +53,7 @@ enum class Outcome : uint8_t {
     absent,       // needs a fill from the store: begin_io() was not done
     no_frame,     // absent, and the pool granted none at once
     failed,       // cannot be mapped; the access ends in SIGBUS
+    shared,       // a write to a page that the heir may need as it is: see FileCache::allow()
 };
 
 // A fault as the HAT sees it: the page-aligned window address, on one CPU's window.
@@ -96,7 +105,8 @@ class FileCache {
     Run begin_fill(Run within);
     // The run is filled: makes it resident, wakes those who waited; and with a `fault` maps for it what lies in the
     // pages [begin, end) that its region shows.
-    Outcome complete_io(const FaultAt* fault, uint64_t page, Run run, uint64_t begin, uint64_t end);
+    // `own`: no store has these bytes, nor a source for long; the pages are dirty.
+    Outcome complete_io(const FaultAt* fault, uint64_t page, Run run, uint64_t begin, uint64_t end, bool own = false);
     // The run could not be filled: absent again and its frames gone (give them back to the pool after it, not before),
     // those who waited try for themselves.
     void abort_io(Run run);
@@ -132,6 +142,23 @@ class FileCache {
     // The file has so many pages from now on; those beyond must be discarded, until none is left. False, and nothing
     // changed, for no page, or more than the journal has room for.
     bool resize(uint64_t pages);
+
+    // From now on an heir reads pages here: no write to any page passes without allow(). For the caller, who holds
+    // writers off by the gates of the regions, all pages are shared at one moment. False: some may be writable still.
+    bool share();
+    // No heir any more.
+    void unshare() { heir_.store(false, std::memory_order_seq_cst); }
+    // Counts the calls of share().
+    uint64_t generation() const { return generation_.load(std::memory_order_seq_cst); }
+    // The heir has this page of its own: writes to it may pass. Nothing where share() was called since `generation`.
+    void allow(uint64_t page, uint64_t generation);
+    // Of a snapshot: makes sure that the page does not come from the source any more.
+    enum class Owned { lacks, owned, busy };  // busy: in I/O
+    Owned own(uint64_t page);
+    // The pages that are here alone, ascending: dirty or in swap space; `all`: and what else is resident.
+    std::vector<uint64_t> owned(bool all) const;
+    // Whether swap space has the page.
+    bool stored(uint64_t page) const { return journaled(page) & kStored; }
 
     // Keeps the frames of the run, all of which must be resident: false else. Pins count.
     bool pin(Run run);
@@ -191,6 +218,9 @@ class FileCache {
     Outcome map_run(const FaultAt& fault, uint64_t page, Run run, bool writable);
     Outcome zero_run(const FaultAt& fault, uint64_t page, Run run, Page** pages);
     void make_dirty(Page* page, int cpu);
+    bool may_change(const Page* page) const {
+        return !heir_.load(std::memory_order_seq_cst) || page->is(Page::kAllowed);
+    }
     void note_use(const FaultAt& fault, Page** pages, uint32_t count) const;
     void give_hint(Run mapped);
     Writing begin_write_locked(Run within, Page** pages);
@@ -204,7 +234,9 @@ class FileCache {
     void punch(uint64_t first, uint64_t count) const;
     void ended();
     template <typename Visit>
-    void each_journaled(uint64_t first, uint64_t end, Visit&& visit);
+    void each_journaled(uint64_t first, uint64_t end, Visit&& visit) const;
+    template <typename Visit>
+    void each_stored(uint64_t first, uint64_t end, Visit&& visit) const;
     void write_pins(uint64_t page, uint32_t count);
     void forget_stored(uint64_t first, uint64_t end);
     // Of a page without a frame the journal may say that it is valid, where its writer died before it made the frame.
@@ -213,6 +245,7 @@ class FileCache {
     static PageWaiter* take_waiters(Page** pages, uint32_t count);
     bool replaceable() const { return backing_ == Backing::file; }
     uint8_t journaled(uint64_t page) const { return journal_[page].load(std::memory_order_relaxed); }
+    bool anonymous() const { return fill_ != Fill::store; }
     void write_journal(uint64_t page, uint8_t value) { journal_[page].store(value, std::memory_order_release); }
 
     FramePool* const pool_;
@@ -227,6 +260,9 @@ class FileCache {
     std::atomic<uint8_t>* journal_ = nullptr;  // a byte a page, and addresses for those to come
     uint64_t journal_bytes_ = 0;
     std::atomic<bool> stored_{false};  // some page is, or was, in the store of anonymous memory
+
+    std::atomic<bool> heir_{false};  // read with the page's descriptor locked; share() locks all that are there
+    std::atomic<uint64_t> generation_{0};
 
     std::mutex regions_lock_;  // protects regions_; taken with descriptors locked; before the HAT's
     std::vector<Region*> regions_;

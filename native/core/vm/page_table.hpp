@@ -73,6 +73,7 @@ struct Page {
     static constexpr uint32_t kOneUse = 256;
     static constexpr uint32_t kUses = 3 * kOneUse;
     static constexpr uint32_t kLaundry = 1024;  // stands in line for its write-back
+    static constexpr uint32_t kAllowed = 2048;  // its cache's heir has it, so writes to it pass
 
   private:
     void change(uint32_t mask, uint32_t value) {

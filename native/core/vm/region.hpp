@@ -2,6 +2,7 @@
 // and the gate that every fault on it passes.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "vm/region_gate.hpp"
@@ -28,7 +29,9 @@ struct Region {
     const uint64_t first_page;  // the file's page at `start`
     const uint32_t group;       // the region's page size, in pages of 4 KiB: what one fault brings in
     const uint32_t around;      // of so many pages, aligned, those that are resident are mapped by one fault
-    const bool tracked;         // its windows share the frames and are writable: writes to clean pages are faults
+    // Its windows share the frames and are writable: writes to clean pages are faults. Becomes true with the gate
+    // stopped.
+    std::atomic<bool> tracked;
     FileCache* const cache;
     Hat* const hat;
     RegionGate gate;

@@ -27,7 +27,8 @@ from k42.vm.files import open_store
 from k42.vm.fr import FileFR, FileRepresentative, ResumedFR, SwapFR, Traits, ZeroFR
 from k42.vm.ledger import Ledger
 from k42.vm.pm import Backing, GlobalPageManager
-from k42.vm.protocol import PAGE
+from k42.vm.protocol import PAGE, pages_of
+from k42.vm.snapshot import Node, SnapshotFR
 
 log = logging.getLogger("k42.kernel")
 
@@ -58,6 +59,8 @@ class Cached:
         writers: regions of those through which its file is written.
         number: of the FCM.
         url: what names the store, if not a descriptor: URL, mode, options.
+        node: its place among snapshots; None: there never was one.
+        origin: of a snapshot, the file or URL that it is of in the end, of which it is a user.
     """
 
     fcm: FileCacheManager
@@ -67,6 +70,8 @@ class Cached:
     reserved: int = 0
     users: int = 0
     writers: int = 0
+    node: Node | None = None
+    origin: Cached | None = None
 
 
 @dataclass(eq=False)
@@ -101,7 +106,7 @@ class Caches:
         self._ledger = ledger
         self._make = make
         self._wrote = wrote
-        self._swap = swap
+        self.swap = swap
         # Protects the table, and the counts of users; before all locks but those of clients. No store is asked with it
         # but a local file.
         self._lock = threading.Lock()
@@ -112,6 +117,7 @@ class Caches:
         self._by_key: dict[Hashable, Cached] = {}
         self._unused: collections.OrderedDict[Cached, None] = collections.OrderedDict()
         self._opening: dict[Hashable, _Turn] = {}  # of URLs that are being opened; one opens, others wait
+        self._abandoned: set[Cached] = set()  # nodes without users that have not handed over all that they have
         self._closers = ThreadPoolExecutor(_CLOSERS, "k42-close")
 
     # What can be mapped. Each returns a cache with one user more, to be given to `let_go`.
@@ -225,7 +231,7 @@ class Caches:
             self._global_pm.reserve(reserved)
         try:
             fr: FileRepresentative
-            if overcommit and self._swap:
+            if overcommit and self.swap:
                 # Room for two pages, since one access may lie across both.
                 self._global_pm.promise_file(min(2, self._global_pm.usage()["budget"]))
                 fr, backing = SwapFR.create(size), Backing.FILE
@@ -240,6 +246,61 @@ class Caches:
             made = self._add(None, fcm, number, reserved)
             self._use(made, writer=False)
             return made
+
+    def snapshot(
+        self, of: Cached, name: str, stopped: Callable[[Cached], contextlib.AbstractContextManager[None]]
+    ) -> Cached:
+        """A new cache that has the content of another, which is in use, as it is now.
+
+        Args:
+            of: the other.
+            name: what to call it in messages.
+            stopped: inside its context no fault is inside any region that shows `of`, and writes there are tracked.
+
+        Raises:
+            OutOfFrames: it does not fit the budget.
+            StoreError: a client keeps Linux from protecting its pages.
+            Unsupported: it is a snapshot itself, and was taken over from a kernel that died.
+        """
+        parent = k42.local(of.fcm.fr())
+        if isinstance(parent, SnapshotFR) and parent.orphaned():
+            raise Unsupported("a snapshot whose kernel has died has no snapshots: it may lack pages")
+        size = of.fcm.fr().size()
+        # Without swap space there must be a frame for each page that either side will write to.
+        backing, reserved = (Backing.FILE, 0) if self.swap else (Backing.RESERVED, pages_of(size))
+        if reserved:
+            self._global_pm.reserve(reserved)
+        else:
+            self._global_pm.promise_file(min(2, self._global_pm.usage()["budget"]))
+        try:
+            fr = SnapshotFR.create(size)
+            fcm, number = self._make_or_close(fr, backing)
+        except BaseException:
+            if reserved:
+                self._global_pm.unreserve(reserved)
+            raise
+        if of.node is None:
+            of.node = Node(of.fcm, None, self._global_pm, Backing.FILE)
+            of.fcm.set_node(of.node)
+        node = Node(fcm, of.node.tree, self._global_pm, backing)
+        local = k42.local(fr)
+        assert isinstance(local, SnapshotFR)
+        local.belong(node, name)
+        fcm.set_node(node)
+        with self._lock:
+            made = self._add(None, fcm, number, reserved)
+            made.node = node
+            self._use(made, writer=False)
+            made.origin = of.origin if of.key is None else of
+            if made.origin is not None:
+                made.origin.users += 1
+        try:
+            with stopped(of):
+                of.node.insert(node)
+        except BaseException:
+            self.let_go(made)
+            raise
+        return made
 
     # Their use.
 
@@ -270,10 +331,14 @@ class Caches:
                     del self._by_key[oldest.key]
                     closing.append(oldest)
         for each in closing:
-            if each.key is None:
-                self._close(each)  # its memory is to be there for the next at once
+            if each.key is None and (each.node is None or each.node.alone()):
+                self._end(each)  # its memory is to be there for the next at once
             else:
-                self._closers.submit(self._close, each)
+                self._end_soon(each)
+
+    def _end_soon(self, cached: Cached) -> None:
+        with contextlib.suppress(RuntimeError):  # the kernel ends, and closes all
+            self._closers.submit(self._end, cached)
 
     def fcms(self) -> list[FileCacheManager]:
         """All of them."""
@@ -312,7 +377,7 @@ class Caches:
                     record |= {"store": "file", "version": fr.version()}
                     files.append(fr.native_descriptor())
                 case SwapFR():
-                    record |= {"store": "swap"}
+                    record |= {"store": "snapshot" if isinstance(fr, SnapshotFR) else "swap"}
                     fr.root.made = functools.partial(self._tell_swap_file, cached.number)
                 case ZeroFR():
                     record |= {"store": "zero"}
@@ -352,6 +417,16 @@ class Caches:
             case "swap":
                 fr = SwapFR.create(size, swap)
                 self._global_pm.promise_file(min(2, self._global_pm.usage()["budget"]))
+            case "snapshot":
+                fr = SnapshotFR.create(size, swap)
+                local = k42.local(fr)
+                assert isinstance(local, SnapshotFR)
+                local.orphan(name)
+                if record["reserved"]:
+                    backing = Backing.RESERVED
+                    self._global_pm.reserve(record["reserved"])
+                else:
+                    self._global_pm.promise_file(min(2, self._global_pm.usage()["budget"]))
             case "zero":
                 fr = ZeroFR.create(size)
                 backing = Backing.RESERVED if record["reserved"] else Backing.OVERCOMMITTED
@@ -364,6 +439,10 @@ class Caches:
         if url is not None:
             key = self.url_key(url[0], url[2])
         fcm = self._make(fr, backing, number, (frames, journal, record["pages"]))
+        if record["store"] == "snapshot":
+            assert isinstance(local, SnapshotFR)
+            cache = fcm.native()
+            local.keep([page for page in cache.owned(False) if cache.stored(page)])
         if record["store"] == "file" and fr.version() != tuple(record["version"]):
             # By others, or by us since it was told: what the frames and the file have in common is not known.
             fcm.discard_clean()
@@ -425,7 +504,7 @@ class Caches:
             cached.fcm.flush(0, 1 << 40)
         del self._by_key[cached.key]
         if self._unused.pop(cached, cached) is None:
-            self._closers.submit(self._close, cached)
+            self._end_soon(cached)
         return True
 
     # Without it.
@@ -449,6 +528,30 @@ class Caches:
             if isinstance(error, OSError) and not isinstance(error, k42.Error):
                 raise OutOfFrames(f"no memory for a file cache: {error.strerror}") from error
             raise  # such as a name that cannot be encoded
+
+    def _end(self, cached: Cached | None) -> None:
+        """Closes a cache that nobody uses; if it has snapshots, after they have taken over what it has."""
+        while cached is not None:
+            node = cached.node
+            if node is None:
+                return self._close(cached)
+            with self._lock:
+                self._abandoned.add(cached)
+            try:
+                source = node.leave()
+            except (OutOfFrames, StoreError) as error:
+                log.warning("%s stays in memory for its snapshot: %s", cached.fcm.fr().name(), error)
+                return None
+            with self._lock:
+                self._abandoned.discard(cached)
+                # One that could not leave before may be able to now.
+                after = next((each for each in self._abandoned if each.node is source), None)
+            self._close(cached)
+            node.clear()
+            if cached.origin is not None:
+                self.let_go(cached.origin)
+            cached = after
+        return None
 
     def _close(self, cached: Cached) -> None:
         fcm = cached.fcm

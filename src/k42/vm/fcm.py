@@ -38,6 +38,7 @@ from k42.vm.pm import Backing, GlobalPageManager, PageManager
 from k42.vm.protocol import MAX_GROUP, PAGE, pages_of
 from k42.vm.readahead import Advice as Trend
 from k42.vm.readahead import Ahead, ReadAhead
+from k42.vm.snapshot import Node, SnapshotFR
 
 log = logging.getLogger("k42.kernel")
 
@@ -99,6 +100,7 @@ class Outcome(enum.IntEnum):
     ABSENT = 3
     NO_FRAME = 4
     FAILED = 5
+    SHARED = 6
 
 
 class FileCacheManager(k42.Object):
@@ -208,6 +210,22 @@ class FileCacheManager(k42.Object):
         """Takes a hint about the accesses to come."""
         raise NotImplementedError
 
+    def node(self) -> Node | None:
+        """Its place among snapshots and what they are of; None: there never was a snapshot."""
+        raise NotImplementedError
+
+    def set_node(self, node: Node) -> None:
+        """Tells its place; before the first snapshot of it can be seen by anybody."""
+        raise NotImplementedError
+
+    def take_over(self, page: int) -> None:
+        """Of a snapshot: brings in a page, which is marked as in I/O, to keep it as its own; a frame was taken.
+
+        Raises:
+            StoreError: it is not to be had; the page is absent again, and its frame given back.
+        """
+        raise NotImplementedError
+
     def discard_clean(self) -> None:
         """Forgets the pages that the store has, since it has others by now; dirty ones stay."""
         raise NotImplementedError
@@ -278,6 +296,7 @@ class SharedFCM(FileCacheManager):
             self.piece = min(traits.cluster, MAX_GROUP)  # pages that are read ahead by one request, at least
             self.read_ahead = ReadAhead(pages_of(fr.size()), limit, traits.cluster)
             self.sequential = False  # pages are used once, in order
+            self.node: Node | None = None  # among snapshots
             self.failed_until = 0.0  # monotonic time until which the store is not asked to take pages
             self.flushing = threading.Lock()  # protects the order of resize and flush; before all native locks
             frames, journal, pages = left or (-1, -1, pages_of(fr.size()))
@@ -289,7 +308,7 @@ class SharedFCM(FileCacheManager):
                 os.ftruncate(journal, max(pages, os.fstat(journal).st_size))
                 if backing is Backing.FILE:
                     os.fchmod(frames, 0o400)  # a reader cannot get a writable descriptor by way of /proc
-                fill = 0 if self.anonymous else 1
+                fill = 2 if isinstance(k42.local(fr), SnapshotFR) else 0 if self.anonymous else 1
                 self.cache = _native.FileCache(
                     global_pm.native(), frames, journal, pages, fill, backing, policy, cpus, self.tables
                 )
@@ -339,8 +358,30 @@ class SharedFCM(FileCacheManager):
         """Finishes a fault; see `FileCacheManager.map_page`."""
         cache, native_hat = self.root.cache, hat.native()
         at = (native_hat, fault.cpu, fault.address, fault.write, fault.tracked)
+
+        def failed(error: Exception) -> None:
+            # An access that is not there any more has nothing to be told.
+            with contextlib.suppress(k42.Destroyed), inside() as shown:
+                if shown:
+                    hat.fail(fault.cpu, fault.address, str(error))
+
+        def preserve(node: Node) -> None:
+            try:
+                node.preserve(page)
+            except Exception as error:
+                if not isinstance(error, StoreError | OutOfFrames):
+                    log.exception("page %d of %s, for its snapshot", page, self.root.fr.name())
+                failed(error)
+                return
+            with contextlib.suppress(k42.Destroyed), inside() as shown:
+                settled = (Outcome.MAPPED, Outcome.ZERO_FILLED, Outcome.QUEUED, Outcome.FAILED)
+                if shown and cache.resolve(*at, page, *group) not in settled:
+                    hat.wake(fault.cpu, fault.address)  # it went, or another snapshot came: the fault happens again
+
         while True:
             outcome = cache.resolve(*at, page, *group)
+            if outcome == Outcome.SHARED and (node := self.root.node) is not None:
+                return functools.partial(node.tree.submit, functools.partial(preserve, node))
             if outcome not in (Outcome.ABSENT, Outcome.NO_FRAME):
                 return None
             first, count = cache.begin_io(page, *self._cluster(page, group))
@@ -354,13 +395,7 @@ class SharedFCM(FileCacheManager):
                     cache.complete_io(*at, page, first, count, *mappable)
                     completed = True
             if not completed:
-                cache.complete_prefetch(first, count)
-
-        def failed(error: Exception) -> None:
-            # An access that is not there any more has nothing to be told.
-            with contextlib.suppress(k42.Destroyed), inside() as shown:
-                if shown:
-                    hat.fail(fault.cpu, fault.address, str(error))
+                cache.complete_prefetch(first, count, False)
 
         def submit() -> None:
             self.root.queue.submit(lambda: self._fill(first, count, pm, done, failed))
@@ -453,7 +488,8 @@ class SharedFCM(FileCacheManager):
             if not got:  # others bring it in, or have
                 first += within
                 continue
-            self._fill(begun, got, pm, functools.partial(cache.complete_prefetch, begun, got), failures.append)
+            done = functools.partial(cache.complete_prefetch, begun, got, False)
+            self._fill(begun, got, pm, done, failures.append)
             if failures:
                 raise failures[0]
             first, room = begun + got, room - got
@@ -542,8 +578,10 @@ class SharedFCM(FileCacheManager):
         with root.flushing:
             before = cache.pages()
             if size < root.fr.size():
-                root.fr.resize(size)
-                cache.resize(pages)
+                # From the page of the new end on; its snapshots, and what they see there, stay as they are.
+                with contextlib.nullcontext() if root.node is None else root.node.cutting(size // PAGE, before):
+                    root.fr.resize(size)
+                    cache.resize(pages)
                 self._discard(pages, before)
                 if size % PAGE and cache.pin(pages - 1, 1):
                     # What a longer file shows there later is zeros.
@@ -602,6 +640,25 @@ class SharedFCM(FileCacheManager):
                 if root.backing is Backing.FILE:
                     self.flush(first, end)
                     root.cache.discard(first, end, False)
+
+    def node(self) -> Node | None:
+        """Its place among snapshots; see `FileCacheManager.node`."""
+        return self.root.node
+
+    def set_node(self, node: Node) -> None:
+        """Tells its place; see `FileCacheManager.set_node`."""
+        self.root.node = node
+
+    def take_over(self, page: int) -> None:
+        """Brings a page in; see `FileCacheManager.take_over`."""
+        root = self.root
+        try:
+            root.fr.fill(root.cache.memfd(), page, 1)
+        except BaseException:
+            root.cache.abort_io(page, 1)
+            root.global_pm.release(1, root.backing)
+            raise
+        root.cache.complete_prefetch(page, 1, True)
 
     def discard_clean(self) -> None:
         """Forgets clean pages; see `FileCacheManager.discard_clean`."""

@@ -20,6 +20,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -604,7 +605,7 @@ class Kernel:
         cached, writer = self._find(client, message, descriptors, group)
         fcm = cached.fcm
         # Of memory that is never written back nobody needs to know whether it was written to.
-        tracked = writer or (cached.key is None and fcm.replaceable())
+        tracked = writer or (cached.key is None and (fcm.replaceable() or cached.node is not None))
         try:
             region = self._variants.region.create(fcm, client.hat, base, size // PAGE, first, group, around, tracked)
         except BaseException:
@@ -684,8 +685,34 @@ class Kernel:
                 if not isinstance(options, dict):
                     raise ProtocolError("options are a dictionary")
                 return self._caches.opened_url(str(message["url"]), options, writer=writer), writer
+            case "snapshot":
+                of = client.regions[int(message["of"])].cached
+                if self._caches.swap:
+                    self._make_room(group)
+                return self._caches.snapshot(of, str(message["name"]), self._stopped), False
             case kind:
                 raise ProtocolError(f"no kind {kind!r}")
+
+    @contextlib.contextmanager
+    def _stopped(self, cached: Cached) -> Iterator[None]:
+        """Inside, no fault is in any region that shows this cache, and writes to clean pages are faults."""
+        regions = [
+            mapped.region.native()
+            for client in self._clients.values()
+            for mapped in client.regions.values()
+            if mapped.cached is cached
+        ]
+        stopped: list[_native.Region] = []
+        try:
+            for region in regions:
+                if region.stop():
+                    stopped.append(region)
+                    if cached.key is None:
+                        region.track()
+            yield
+        finally:
+            for region in stopped:
+                region.restart()
 
     def _make_room(self, group: int) -> None:
         # Twice, since one access may lie across two pages, and ends only when both are there.

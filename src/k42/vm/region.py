@@ -71,7 +71,6 @@ class _State:
 
     distributed: ClassVar[bool]
     fcm: FileCacheManager
-    tracked: bool
     region: _native.Region
     range: tuple[int, int]
 
@@ -89,7 +88,6 @@ class _State:
         if fcm is None or hat is None:
             return
         self.fcm = fcm
-        self.tracked = tracked
         self.region = _native.Region(fcm.native(), hat.native(), start, pages, first_page, group, around, tracked)
         self.region.distribute(self.distributed)
         self.range = (first_page, first_page + pages)
@@ -100,7 +98,7 @@ class _State:
 
     def import_state(self, form: str, state: _State) -> None:
         """Go on with the native half of another implementation; its gate is changed while faults pass."""
-        self.fcm, self.tracked, self.region, self.range = state.fcm, state.tracked, state.region, state.range
+        self.fcm, self.region, self.range = state.fcm, state.region, state.range
         self.region.distribute(self.distributed)
 
 
@@ -118,7 +116,6 @@ class _Region(Region):
     def handle_fault(self, fault: Fault, hat: Hat, pm: PageManager) -> None:
         """Finishes a fault; see `Region.handle_fault`."""
         root = self.root
-        fault = fault._replace(tracked=root.tracked)
 
         def inside() -> AbstractContextManager[bool]:
             return self._inside(fault, hat)
@@ -128,7 +125,8 @@ class _Region(Region):
                 hat.wake(fault.cpu, fault.address)  # being unmapped: the engine ends the access when it happens again
                 return
             page, first, count = root.region.group_of(fault.canonical)
-            rest = root.fcm.map_page(fault, hat, pm, page, (first, count), root.range, inside)
+            at = fault._replace(tracked=root.region.tracked())
+            rest = root.fcm.map_page(at, hat, pm, page, (first, count), root.range, inside)
         if rest:
             rest()
 

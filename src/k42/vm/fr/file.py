@@ -84,6 +84,10 @@ class FileFR(FileRepresentative):
         with self.root.lock:
             return self.root.version
 
+    def steady(self) -> bool:
+        """Not once others changed it, since pages follow the file; see `FileRepresentative.steady`."""
+        return not self.changed()
+
     def changed(self) -> bool:
         """Whether others changed it; see `FileRepresentative.changed`. Waits for a write of ours that is under way."""
         with self.root.lock:

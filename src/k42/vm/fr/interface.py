@@ -65,6 +65,10 @@ class FileRepresentative(k42.Object):
         """
         return False
 
+    def steady(self) -> bool:
+        """Whether what `fill` has read so far is all of one version. Asks nobody who is far away."""
+        return True
+
     def traits(self) -> Traits:
         """How it wants to be asked."""
         return Traits()
