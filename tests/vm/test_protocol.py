@@ -87,7 +87,7 @@ class World:
                 window = self.starts[kind] + cpu * (1 << 35)
                 assert self.hat.add_window(cpu, window, self.pages[kind] * PAGE, self.starts[kind])
                 self.windows[kind, cpu] = window
-        self.engine = _native.Engine(range(CPUS), False)
+        self.engine = _native.Engine(range(CPUS), False, False)
 
     def run(self, schedule: list[tuple[object, ...]], *, natively: bool) -> None:
         for step in schedule:
