@@ -324,8 +324,7 @@ class Http:
         """(first, last, total) of an answer that is a range, and of the bytes themselves."""
         status, headers = response.status, response.headers
         if may_pass(status):
-            pause = retry_after({"Retry-After": headers.get("Retry-After", "")})
-            raise Transient(f"HTTP status {status} {response.reason}", pause)
+            raise Transient(f"HTTP status {status} {response.reason}", retry_after(headers.get("Retry-After", "")))
         if status == 200:
             raise Refused("the server gave all of it when asked for a part")
         if status != 206:
