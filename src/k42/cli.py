@@ -179,7 +179,7 @@ def serve(
         str,
         typer.Option(
             metavar="VARIANT",
-            help="What objects are made of: default, shared or distributed; single ones otherwise: default,region=shared.",
+            help="What objects are made of: default, shared, distributed; or single ones: default,region=shared.",
         ),
     ] = "default",
     adapt: Annotated[

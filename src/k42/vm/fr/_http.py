@@ -1,7 +1,6 @@
 """Ranges over HTTP, by connections of our own, from the socket into frames.
 
-Not through fsspec's session (aiohttp): its one thread for all requests of a process, and its copies, made a sequential
-read take 2.5 times as long as a plain download. Nor does fsspec look at what tells versions apart.
+Not through fsspec's session (aiohttp), which has one thread for all requests of a process, and more copies. Nor does fsspec look at what tells versions apart.
 """
 
 from __future__ import annotations
