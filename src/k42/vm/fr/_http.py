@@ -1,6 +1,7 @@
 """Ranges over HTTP, by connections of our own, from the socket into frames.
 
-Not through fsspec's session (aiohttp), which has one thread for all requests of a process, and more copies. Nor does fsspec look at what tells versions apart.
+Not through fsspec's session (aiohttp), which has one thread for all requests of a process, and more copies. Nor does
+fsspec look at what tells versions apart.
 """
 
 from __future__ import annotations
