@@ -179,9 +179,9 @@ def serve(
         str,
         typer.Option(
             metavar="VARIANT",
-            help="What objects are made of: shared or distributed; single ones otherwise: distributed,region=shared.",
+            help="What objects are made of: default, shared, distributed; or single ones: default,region=shared.",
         ),
-    ] = "distributed",
+    ] = "default",
     adapt: Annotated[
         bool, typer.Option("--adapt", help="Make objects distributed or shared while they serve, by who uses them.")
     ] = False,

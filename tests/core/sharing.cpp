@@ -71,7 +71,8 @@ void __tsan_atomic_signal_fence(int) {}
 PLAIN(1)
 PLAIN(2)
 PLAIN(4)
-PLAIN(8) PLAIN(16)
+PLAIN(8)
+PLAIN(16)
 #define MODIFY(bits, T, name, builtin)                            \
     T __tsan_atomic##bits##_##name(volatile T* a, T value, int) { \
         on_write(a, sizeof(T));                                   \

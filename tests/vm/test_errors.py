@@ -130,11 +130,11 @@ def test_a_path_too_long_for_a_socket(folder):
 
 
 def test_another_version_of_the_protocol(shared_kernel):
-    for version in (0, 2, "1", None):
+    for version in (0, 1, 3, "2", None):
         with Raw(shared_kernel.socket) as raw:
             reply = raw.ask({"op": "hello", "version": version})
             assert reply["error"] == "kernel"
-            assert "speaks protocol 1" in reply["message"]
+            assert "speaks protocol 2" in reply["message"]
             assert f"client {version}" in reply["message"]
             # Nor is it let in afterwards.
             assert raw.ask({"op": "stat"})["error"] == "protocol"
@@ -154,7 +154,7 @@ def test_a_kernel_of_another_version(folder, script):
         """
     kernel = script(code, folder / "s", connect=False)
     kernel.line()
-    with pytest.raises(vm.KernelUnavailable, match="I speak protocol 2"):
+    with pytest.raises(vm.KernelUnavailable, match="I speak protocol 3"):
         vm.connect(folder / "s")
 
 

@@ -150,7 +150,7 @@ if __name__ == "__main__":
         parts = pool.map(work, [(socket, path, part) for part in range(8)], chunksize=1)
         pool.close()
         pool.join()
-    print(sum(parts) == sum(wanted) == sum(mapping))
+    print(sum(parts) == sum(wanted) == sum(memoryview(mapping)))
 """
     )
     runner = (
@@ -203,7 +203,8 @@ def test_a_killed_client_leaves_nothing(kernels, connect, script, path):
             pass  # the other goes on
         frames = client.stat()["frames"]
         assert frames["promised_anonymous"] == before[1]["promised_anonymous"] == 100
-        assert frames["reserved"] == frames["overcommitted"] == 100
+        assert frames["reserved"] == 100
+        assert frames["overcommitted"] + frames["file"] >= 100
         other.process.kill()
         other.process.wait()
         until(lambda: len(client.stat()["clients"]) == 1, "the kernel noticed")

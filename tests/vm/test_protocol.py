@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vm_support import until
 
 import k42
 from k42 import _native
@@ -87,7 +88,7 @@ class World:
                 window = self.starts[kind] + cpu * (1 << 35)
                 assert self.hat.add_window(cpu, window, self.pages[kind] * PAGE, self.starts[kind])
                 self.windows[kind, cpu] = window
-        self.engine = _native.Engine(range(CPUS), False)
+        self.engine = _native.Engine(range(CPUS), False, False)
 
     def run(self, schedule: list[tuple[object, ...]], *, natively: bool) -> None:
         for step in schedule:
@@ -105,6 +106,11 @@ class World:
                     if natively and self.engine.handle(self.hat.native(), cpu, address, False):
                         continue
                     self.process.handle_fault(Fault(cpu, address, self.starts[kind] + offset))
+                    until(self.is_quiet, "what was asked of the store is there")
+
+    def is_quiet(self) -> bool:
+        counts = [fcm.stat() for fcm in self.fcms.values()]
+        return all(count["io_submitted"] == count["io_done"] for count in counts)
 
     def end(self) -> dict[str, object]:
         """All that a schedule can change."""

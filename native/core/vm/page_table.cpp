@@ -21,7 +21,7 @@ Page* SharedPageTable::find(uint64_t index) const {
 Page* SharedPageTable::find_or_allocate(uint64_t index) {
     if (Page* page = find(index)) return page;
     if (!free_) {
-        const size_t count = std::clamp<size_t>(slab_pages_, 16, 2048);
+        const size_t count = std::clamp<size_t>(slab_pages_, 16, 256);
         auto slab = std::make_unique<Page[]>(count);
         for (size_t i = count; i-- > 0;) {
             slab[i].next = free_;

@@ -246,8 +246,8 @@ class Client:
 
         Raises:
             FileNotFoundError, IsADirectoryError, PermissionError: as ``open`` raises them.
-            ValueError: not a regular file, an empty file, an offset or length outside it, a bad mode,
-                page size or fault_around; mode ``"w+"`` without a length; storage_options without a URL.
+            ValueError: not a regular file, an empty file, an offset or length outside it, a bad mode, page size or
+                fault_around; mode ``"w+"`` without a length; storage_options without a URL.
             StoreError: the URL cannot be read; or a store that does not grow.
             Unsupported: a store that cannot be written to, in mode ``"r+"``; a URL in mode ``"w+"``.
             OutOfFrames: a page of this size does not fit the kernel's budget.

@@ -882,7 +882,7 @@ def serve(
     linger: float | None = None,
     *,
     all_cpus: bool = False,
-    objects: str = "distributed",
+    objects: str = "default",
     adapt: bool = False,
     homing: bool = True,
     sticky: bool = True,

@@ -93,7 +93,7 @@ class ReadAhead:
                     self._streams.insert(0, stream)
                     return self._ask(stream, stream.end)
                 self._streams.insert(0, stream)
-                if first == 0 and count > 1:  # most who begin at the beginning go on
+                if first == 0 and 1 < count < self._least:  # most who begin at the beginning go on
                     stream.window = self._first_window(count, 0)
                     return self._ask(stream, stream.end)
                 return None

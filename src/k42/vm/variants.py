@@ -38,14 +38,14 @@ class Variants:
 
         Args:
             text: ``shared`` or ``distributed``, for all objects; then, with commas, others for single ones, such as
-                ``distributed,region=shared``.
+                ``distributed,region=shared``. ``default``: what is best for most.
             adapt: swap them by who uses them; see `k42.vm.adapt`.
 
         Raises:
             ValueError: there is no such object or implementation.
         """
         chosen = cls(adapt=adapt)
-        for part in text.split(","):
+        for part in text.removeprefix("default").removeprefix(",").split(",") if text != "default" else ():
             name, equals, implementation = part.partition("=")
             objects = (name,) if equals else tuple(_CLASSES)
             for name in objects:

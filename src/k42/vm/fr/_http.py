@@ -1,7 +1,7 @@
 """Ranges over HTTP, by connections of our own, from the socket into frames.
 
-Not through fsspec's session (aiohttp): its one thread for all requests of a process, and its copies, made a sequential
-read take 2.5 times as long as a plain download. Nor does fsspec look at what tells versions apart.
+Not through fsspec's session (aiohttp), which has one thread for all requests of a process, and more copies. Nor does
+fsspec look at what tells versions apart.
 """
 
 from __future__ import annotations
@@ -324,7 +324,7 @@ class Http:
         """(first, last, total) of an answer that is a range, and of the bytes themselves."""
         status, headers = response.status, response.headers
         if may_pass(status):
-            raise Transient(f"HTTP status {status} {response.reason}", retry_after({"Retry-After": headers.get("Retry-After", "")}))
+            raise Transient(f"HTTP status {status} {response.reason}", retry_after(headers.get("Retry-After", "")))
         if status == 200:
             raise Refused("the server gave all of it when asked for a part")
         if status != 206:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import email.utils
 import re
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 from k42.vm.fr.interface import Traits
@@ -62,9 +62,8 @@ def may_pass(status: int) -> bool:
     return status in _TRANSIENT_STATUS or (status >= 500 and status not in _PERMANENT_5XX)
 
 
-def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that an answer asks to wait for."""
-    value = headers.get("Retry-After", "")
+def retry_after(value: str) -> float:
+    """Seconds that an answer asks to wait for, by its Retry-After."""
     if re.fullmatch(r"\d+", value, re.ASCII):
         return float(value)
     try:

@@ -109,7 +109,9 @@ def _s3_error(error: Exception) -> Exception:
         if status in (412, 416):
             return Changed()
         if may_pass(status):
-            return Transient(str(error), retry_after(response["ResponseMetadata"].get("HTTPHeaders", {})))
+            return Transient(
+                str(error), retry_after(response["ResponseMetadata"].get("HTTPHeaders", {}).get("retry-after", ""))
+            )
         return Refused(f"{type(error).__name__}: {error}")
     from botocore import exceptions  # type: ignore[import-untyped]
 

@@ -21,7 +21,6 @@ from urllib.parse import urlsplit, urlunsplit
 import k42
 from k42.vm.errors import StoreError, Unsupported
 from k42.vm.fr import _frames
-from k42.vm.fr._http import Http
 from k42.vm.fr._remote import REMOTE, Changed, Put, Refused, Remote, Transient
 from k42.vm.fr.interface import FileRepresentative, Traits
 from k42.vm.protocol import PAGE
@@ -113,6 +112,8 @@ def _remote(url: str, options: dict[str, Any], own: dict[str, Any]) -> Remote:
     """The store of a URL; `own`: traits that the user asks for."""
     scheme = url.split(":", 1)[0]
     if scheme in ("http", "https") and "::" not in url:
+        from k42.vm.fr._http import Http  # http.client, and with it ssl, which take their time to import
+
         others = {name for name, value in options.items() if isinstance(value, dict)} - {"headers"}  # of a chain
         given = {name: value for name, value in options.items() if name not in others}
         return Http(url, given | options.get(scheme, {}), replace(REMOTE, **own))
