@@ -94,6 +94,10 @@ def test_arrays_of_numpy(client, server):
     numpy.save(packed, wanted)
     server.files["/x.npy"] = packed.getvalue()
     server.files["/raw"] = wanted.tobytes()
+    # The server is in this process, and numpy keeps the GIL while it waits for a page: bring them in first.
+    for path in ("/x.npy", "/raw"):
+        with client.open(server.url(path)) as mapping:
+            mapping.prefetch()
     assert (load(server.url("/x.npy"), client=client) == wanted).all()
     raw = memmap(server.url("/raw"), numpy.int32, "r", shape=(100, 500), client=client)
     assert (raw[7:9] == wanted[7:9]).all()
