@@ -73,7 +73,7 @@ def test_objects_are_swapped_while_faults_come(inner, folder, script):
     client = script(WORK, folder / "kernel.sock", path)
     assert client.line() == "ready"
     [served] = inner._clients.values()
-    [mapped] = [mapped for mapped in list(served.regions.values()) if mapped.file]
+    [mapped] = [mapped for mapped in list(served.regions.values()) if mapped.cached.key]
     faults = inner._engine.counts()["faults"]
     for turn in range(30):
         distributed = turn % 2 == 0
