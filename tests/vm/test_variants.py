@@ -79,13 +79,13 @@ def test_objects_are_swapped_while_faults_come(inner, folder, script):
         distributed = turn % 2 == 0
         k42.swap(served.process, DistributedProcess if distributed else SharedProcess)
         k42.swap(mapped.region, DistributedRegion if distributed else SharedRegion)
-        k42.swap(mapped.fcm, ReplicatedFCM if distributed else SharedFCM)
+        k42.swap(mapped.cached.fcm, ReplicatedFCM if distributed else SharedFCM)
         k42.swap(inner._global_pm, DistributedGlobalPM if distributed else SharedGlobalPM)
         assert served.process.region_map().replicated() == distributed
         assert mapped.region.native().distributed() == distributed
-        assert mapped.fcm.native().tables() == int(distributed)
+        assert mapped.cached.fcm.native().tables() == int(distributed)
         with pytest.raises(k42.SwapRefused, match="partitioned pages"):
-            k42.swap(mapped.fcm, PartitionedFCM)
+            k42.swap(mapped.cached.fcm, PartitionedFCM)
         pool = inner._global_pm.native()
         assert pool.distributed() == distributed
         for _ in range(10):
