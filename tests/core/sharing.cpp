@@ -104,7 +104,9 @@ PLAIN(16)
         __tsan_atomic##bits##_compare_exchange_strong(a, &expected, value, x, y);                          \
         return expected;                                                                                   \
     }
-    ATOMIC(8, unsigned char) ATOMIC(16, unsigned short) ATOMIC(32, unsigned) ATOMIC(64, unsigned long)
+ATOMIC(8, unsigned char)
+ATOMIC(16, unsigned short)
+ATOMIC(32, unsigned) ATOMIC(64, unsigned long)
 
     // Locks, of whoever takes them: std::mutex comes here.
     int pthread_mutex_lock(pthread_mutex_t* mutex) {
