@@ -106,10 +106,11 @@ PLAIN(16)
     }
 ATOMIC(8, unsigned char)
 ATOMIC(16, unsigned short)
-ATOMIC(32, unsigned) ATOMIC(64, unsigned long)
+ATOMIC(32, unsigned)
+ATOMIC(64, unsigned long)
 
-    // Locks, of whoever takes them: std::mutex comes here.
-    int pthread_mutex_lock(pthread_mutex_t* mutex) {
+// Locks, of whoever takes them: std::mutex comes here.
+int pthread_mutex_lock(pthread_mutex_t* mutex) {
     static int (*const real)(pthread_mutex_t*) =
         reinterpret_cast<int (*)(pthread_mutex_t*)>(dlsym(RTLD_NEXT, "pthread_mutex_lock"));
     if (record) {
