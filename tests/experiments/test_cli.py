@@ -145,9 +145,24 @@ def test_serve_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert run("serve")[0] == 0
     assert run("serve", "--budget", "512M", "--socket", str(tmp_path / "s"), "--linger", "2.5")[0] == 0
     assert run("serve", "--all-cpus")[0] == 0
-    told = [{key: each[key] for key in ("socket", "budget", "linger", "all_cpus")} for each in seen]
-    assert told == [
-        {"socket": None, "budget": None, "linger": None, "all_cpus": False},
-        {"socket": str(tmp_path / "s"), "budget": 512 * 2**20, "linger": 2.5, "all_cpus": False},
-        {"socket": None, "budget": None, "linger": None, "all_cpus": True},
+    defaults = {
+        "socket": None,
+        "budget": None,
+        "linger": None,
+        "all_cpus": False,
+        "objects": "default",
+        "adapt": False,
+        "homing": True,
+        "sticky": True,
+        "swap": True,
+        "policy": "fifo",
+    }
+    assert run("serve", "--objects", "shared", "--adapt", "--no-homing", "--no-sticky")[0] == 0
+    assert run("serve", "--no-swap", "--policy", "s3fifo")[0] == 0
+    assert seen == [
+        defaults,
+        defaults | {"socket": str(tmp_path / "s"), "budget": 512 * 2**20, "linger": 2.5},
+        defaults | {"all_cpus": True},
+        defaults | {"objects": "shared", "adapt": True, "homing": False, "sticky": False},
+        defaults | {"swap": False, "policy": "s3fifo"},
     ]
