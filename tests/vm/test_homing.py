@@ -135,6 +135,7 @@ def test_a_shared_span_moves_seldom(shared_kernel, script):
         whole = np.asarray(memory)
         pages = whole[::4096]
         start = time.monotonic()
+        moves = 0
         for turn in range(40):
             evens, odds = (lambda at=at: np.add(pages[at::2], 1, out=pages[at::2]) for at in (0, 1))
             moves += together(evens, odds, pin=True)["rehomed"]
@@ -158,7 +159,7 @@ def test_ranges_of_one_home_are_one_range(shared_kernel, script):
             def touch():
                 for at in range(first + start * SPAN, len(whole) - SPAN, step * SPAN):
                     for page in range(16):
-                        whole[at + page * 4096] += 1
+                        whole[at + page * 65536] += 1  # each a fault: neighbours within 64 KiB come along
             return touch
         most = 1
         def until(condition, *bodies):
@@ -184,7 +185,7 @@ def test_moving_spans_lose_no_byte_and_no_fault(kernels, script, folder):
     data = words(6 << 20)
     (folder / "file").write_bytes(data)
     code = """
-        memory = client.open(sys.argv[3])
+        memory = client.open(sys.argv[3], fault_around=4096)
         shown = np.frombuffer(memory, "u8")
         right = np.fromfile(sys.argv[3], "u8")
         signals = 0
@@ -200,17 +201,22 @@ def test_moving_spans_lose_no_byte_and_no_fault(kernels, script, folder):
                     pages = random.integers(0, len(right) // 512, 24)
                     at = pages * 512 + random.integers(0, 512, 24)
                     assert (shown[at] == right[at]).all()
-                    start = int(random.integers(0, len(right) - 4096))
+                    start = int(random.integers(0, len(right) - 8192))
                     with open("/dev/null", "wb") as null:
                         null.write(memory[start * 8 : start * 8 + 4096])
                     assert (shown[start : start + 2048] == right[start : start + 2048]).all()
+                    # Faults that follow each other, on pages that are there: these make spans move.
+                    first = start // 512 * 512
+                    for _ in range(4):
+                        unmap(memory)
+                        assert (shown[first : first + 4096 : 512] == right[first : first + 4096 : 512]).all()
             return body
         moves = 0
-        # Whether spans move depends on how fast faults follow each other: where pages come slowly, they stay.
+        moves = 0
         for turn in range(4):
-            together(*(read(turn * 8 + i) for i in range(4)), pin=True)
+            moves += together(*(read(turn * 8 + i) for i in range(4)), pin=True)["rehomed"]
         signal.setitimer(signal.ITIMER_REAL, 0)
-        assert signals > 0
+        assert moves > 0 and signals > 0, (moves, signals)
         say("right")
         """
     assert run(script, kernel, code, "{}", folder / "file") == "right\n"
