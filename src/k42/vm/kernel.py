@@ -277,11 +277,13 @@ class Kernel:
             for mapped in client.regions.values():
                 mapped.region.shutdown()
         for fcm in self._fcms():
-            if fcm.lasting():
-                try:
+            try:
+                if fcm.lasting():
                     fcm.flush(0, fcm.native().pages())
-                except StoreError as error:
-                    log.error("what was written to %s is lost: %s", fcm.fr().name(), error)
+            except k42.Destroyed:
+                continue  # closed since we looked, and flushed before that
+            except StoreError as error:
+                log.error("what was written is lost: %s", error)
         for client in list(self._clients.values()):
             self._disconnect(client)
         self._engine.stop()
@@ -844,7 +846,10 @@ class Kernel:
 
     def stat(self) -> dict[str, Any]:
         """Counts of everything: budget, frames by kind, faults, clients, file caches."""
-        fcms = self._fcms()
+        files = []
+        for fcm in itertools.islice(self._fcms(), _MAX_LISTED):
+            with contextlib.suppress(k42.Destroyed):  # closed since we looked
+                files.append(_short(fcm.stat()))
         return {
             "pid": os.getpid(),
             "supervised": self._ledger.supervised,
@@ -854,7 +859,7 @@ class Kernel:
             "frames": self._global_pm.usage(),
             "engine": self._engine.counts(),
             "clients": [{"pid": c.pid, "regions": len(c.regions)} for c in self._clients.values()],
-            "files": [_short(fcm.stat()) for fcm in itertools.islice(fcms, _MAX_LISTED)],
+            "files": files,
         }
 
 
