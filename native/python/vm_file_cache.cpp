@@ -246,15 +246,15 @@ PyObject* dirty_runs(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     return list_of(runs);
 }
 
-PyObject* absent_runs(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
-    uint64_t first, end, most;
-    if (!unpack("absent_runs", args, nargs, first, end, most)) return nullptr;
-    std::vector<vm::FileCache::Run> runs;
+PyObject* present(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t first, end;
+    if (!unpack("present", args, nargs, first, end)) return nullptr;
+    uint64_t count;
     {
         Detached detached;
-        runs = cache_of(self).absent_runs(first, end, most);
+        count = cache_of(self).present(first, end);
     }
-    return list_of(runs);
+    return PyLong_FromUnsignedLongLong(count);
 }
 
 PyObject* endings(PyObject* self, PyObject*) { return PyLong_FromUnsignedLongLong(cache_of(self).endings()); }
@@ -404,17 +404,6 @@ PyObject* replicate(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 PyObject* tables(PyObject* self, PyObject*) { return PyLong_FromLong(long(cache_of(self).tables())); }
 PyObject* copies(PyObject* self, PyObject*) { return PyLong_FromSize_t(cache_of(self).copies()); }
 
-PyObject* use(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
-    uint32_t policy;
-    if (!unpack("use", args, nargs, policy)) return nullptr;
-    if (policy > uint32_t(vm::Policy::s3fifo)) {
-        PyErr_SetString(PyExc_ValueError, "no such policy");
-        return nullptr;
-    }
-    cache_of(self).use(vm::Policy(policy));
-    Py_RETURN_NONE;
-}
-
 PyObject* attach(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     PyObject* region;
     if (!unpack("attach", args, nargs, region)) return nullptr;
@@ -494,8 +483,7 @@ PyMethodDef methods[] = {
     {"end_write", fast(end_write), METH_FASTCALL,
      "end_write(first, count, written, evict): the write-back has ended; frames given back."},
     {"dirty_runs", fast(dirty_runs), METH_FASTCALL, "dirty_runs(first, end): the dirty pages, as (first, count)."},
-    {"absent_runs", fast(absent_runs), METH_FASTCALL,
-     "absent_runs(first, end, most): the absent pages, so many at most, as (first, count)."},
+    {"present", fast(present), METH_FASTCALL, "present(first, end): how many pages are there, or on their way."},
     {"endings", endings, METH_NOARGS, "Fills and write-backs ended so far, for wait_ending()."},
     {"wait_ending", fast(wait_ending), METH_FASTCALL,
      "wait_ending(seen, timeout): wait until endings() differs, or a timeout in ms; False then."},
@@ -511,7 +499,6 @@ PyMethodDef methods[] = {
      "replicate(replicated): copies of page descriptors for each processor, or none; False: it is partitioned."},
     {"tables", tables, METH_NOARGS, "What the page table is: 0 shared, 1 replicated, 2 partitioned."},
     {"copies", copies, METH_NOARGS, "Copies of page descriptors that processors have."},
-    {"use", fast(use), METH_FASTCALL, "use(policy): replace pages by this policy from now on."},
     {"attach", fast(attach), METH_FASTCALL, "A region shows this file."},
     {"detach", fast(detach), METH_FASTCALL, "A region shows it no more."},
     {"counts", counts, METH_NOARGS, "Faults and pages so far, by what became of them."},

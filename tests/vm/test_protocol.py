@@ -195,3 +195,18 @@ def test_an_overcommitted_page_without_a_frame_fails_and_takes_nothing() -> None
         assert end["frames"]["overcommitted"] == 0
         assert end["anonymous resident"] == []
         world.close()
+
+
+def test_a_fault_that_comes_when_its_cache_is_being_closed_leaves_no_page_behind() -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"x" * PAGE)
+        file.flush()
+        world = World(Setup(40, 1, 0, 24, True, 1), file.name)
+        cache = world.fcms["file"]
+        k42.local(cache).root.queue.close()
+        world.process.handle_fault(Fault(0, world.starts["file"], world.starts["file"]))
+        assert cache.native().present(0, 1) == 0  # else closing would wait for it for ever
+        [(address, reason)] = world.end()["failed"].items()
+        assert address == world.starts["file"]
+        assert "closed" in reason
+        world.close()

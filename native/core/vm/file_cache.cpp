@@ -363,8 +363,10 @@ Outcome FileCache::complete_io(const FaultAt* fault, uint64_t page, Run run, uin
     table_->lock(run.first, run.count, pages);
     const uint64_t limit = this->pages();
     uint32_t kept = 0;
+    uint32_t zeros = 0;
     for (uint32_t i = 0; i < run.count; ++i) {
         if (run.first + i >= limit) break;  // the file shrank meanwhile
+        zeros += fill_ == Fill::zero && !(journaled(run.first + i) & kStored);
         pages[i]->set_state(PageState::resident);
         write_journal(run.first + i, uint8_t((journaled(run.first + i) & kStored) | kValid));
         if (own) make_dirty(pages[i], -1);
@@ -376,8 +378,12 @@ Outcome FileCache::complete_io(const FaultAt* fault, uint64_t page, Run run, uin
         punch(run.first + kept, lost);
         for (uint32_t i = kept; i < run.count; ++i) pages[i]->set_state(PageState::absent);
     }
-    auto& filled = fault ? cpu_counts_[fault->cpu].filled : prefetched_;
-    filled.fetch_add(kept, std::memory_order_relaxed);
+    if (fault) {
+        cpu_counts_[fault->cpu].filled.fetch_add(kept - zeros, std::memory_order_relaxed);
+        cpu_counts_[fault->cpu].zero_filled.fetch_add(zeros, std::memory_order_relaxed);
+    } else {
+        prefetched_.fetch_add(kept, std::memory_order_relaxed);
+    }
     Outcome outcome = Outcome::mapped;
     const bool shared = heir_.load(std::memory_order_seq_cst);
     // The region may track writes only since an heir came, after the fault.
@@ -666,11 +672,12 @@ uint64_t FileCache::end_write(Run run, bool written, bool evict) {
     return given;
 }
 
-std::vector<FileCache::Run> FileCache::dirty_runs(uint64_t first, uint64_t end) const {
+// The descriptors that `chosen(page)`, as runs in ascending order.
+template <typename Chosen>
+std::vector<FileCache::Run> FileCache::runs_of(Chosen&& chosen) const {
     std::vector<uint64_t> found;
     table_->each([&](const Page& page) {
-        if (page.index >= first && page.index < end && page.is(Page::kDirty | Page::kWriting))
-            found.push_back(page.index);
+        if (chosen(page)) found.push_back(page.index);
     });
     std::sort(found.begin(), found.end());
     std::vector<Run> runs;
@@ -684,19 +691,24 @@ std::vector<FileCache::Run> FileCache::dirty_runs(uint64_t first, uint64_t end) 
     return runs;
 }
 
-uint64_t FileCache::discard(uint64_t first, uint64_t end, bool dirty) {
-    std::vector<uint64_t> found;
-    table_->each([&](const Page& page) {
-        if (page.index >= first && page.index < end) found.push_back(page.index);
+std::vector<FileCache::Run> FileCache::dirty_runs(uint64_t first, uint64_t end) const {
+    return runs_of([&](const Page& page) {
+        return page.index >= first && page.index < end && page.is(Page::kDirty | Page::kWriting);
     });
-    std::sort(found.begin(), found.end());
+}
+
+uint64_t FileCache::present(uint64_t first, uint64_t end) const {
+    uint64_t count = 0;
+    table_->each([&](const Page& page) {
+        count += page.index >= first && page.index < end && page.state() != PageState::absent;
+    });
+    return count;
+}
+
+uint64_t FileCache::discard(uint64_t first, uint64_t end, bool dirty) {
     uint64_t busy = 0;
     uint64_t given = 0;
-    for (size_t i = 0; i < found.size();) {
-        size_t next = i + 1;
-        while (next < found.size() && next - i < kMaxGroup && found[next] == found[next - 1] + 1) ++next;
-        const Run run{found[i], uint32_t(next - i)};
-        i = next;
+    for (const Run& run : runs_of([&](const Page& page) { return page.index >= first && page.index < end; })) {
         Page* pages[kMaxGroup];
         table_->lock(run.first, run.count, pages);
         Page* locked[kMaxGroup];
@@ -777,15 +789,8 @@ bool FileCache::share() {
     heir_.store(true, std::memory_order_seq_cst);
     generation_.fetch_add(1, std::memory_order_seq_cst);
     // All descriptors, also of pages that are just becoming resident. Who makes one later finds that there is an heir.
-    std::vector<uint64_t> found;
-    table_->each([&](const Page& page) { found.push_back(page.index); });
-    std::sort(found.begin(), found.end());
     bool safe = true;
-    for (size_t i = 0; i < found.size();) {
-        size_t next = i + 1;
-        while (next < found.size() && next - i < kMaxGroup && found[next] == found[next - 1] + 1) ++next;
-        const Run run{found[i], uint32_t(next - i)};
-        i = next;
+    for (const Run& run : runs_of([](const Page&) { return true; })) {
         Page* pages[kMaxGroup];
         table_->lock(run.first, run.count, pages);
         table_->recall(pages, run.count);
@@ -883,30 +888,6 @@ void FileCache::write_pins(uint64_t page, uint32_t count) {
     write_journal(page, uint8_t((journaled(page) & (kOnePin - 1)) | kOnePin * std::min(count, kMostPins)));
 }
 
-std::vector<FileCache::Run> FileCache::absent_runs(uint64_t first, uint64_t end, uint64_t most) const {
-    std::vector<uint64_t> there;
-    end = std::min(end, pages());
-    table_->each([&](const Page& page) {
-        if (page.index >= first && page.index < end && page.state() != PageState::absent) there.push_back(page.index);
-    });
-    std::sort(there.begin(), there.end());
-    std::vector<Run> runs;
-    uint64_t at = first;
-    auto next = there.begin();
-    while (at < end && most > 0) {
-        const uint64_t stop = next == there.end() ? end : *next;
-        while (at < stop && most > 0) {
-            const auto count = uint32_t(std::min<uint64_t>({stop - at, kMaxGroup, most}));
-            runs.push_back({at, count});
-            at += count;
-            most -= count;
-        }
-        if (next == there.end()) break;
-        at = *next++ + 1;
-    }
-    return runs;
-}
-
 uint64_t FileCache::restore() {
     uint64_t restored = 0;
     const auto end = off_t(pages() * kPageSize);
@@ -942,10 +923,6 @@ uint64_t FileCache::restore() {
     }
     prefetched_.fetch_add(restored, std::memory_order_relaxed);
     return restored;
-}
-
-void FileCache::use(Policy policy) {
-    for (size_t part = 0; part < table_->parts(); ++part) table_->replacement(part).use(policy);
 }
 
 bool FileCache::replicate(bool replicated) {

@@ -164,8 +164,8 @@ class FileCache {
     bool pin(Run run);
     void unpin(Run run);
 
-    // Which pages are absent, as runs, clipped to `most` pages in all: what a prefetch has to bring in.
-    std::vector<Run> absent_runs(uint64_t first, uint64_t end, uint64_t most) const;
+    // How many pages of the range are there, or on their way.
+    uint64_t present(uint64_t first, uint64_t end) const;
 
     // The fault that maps this page, be it on another one around it, gives the hint once. Of more than kMarkers the
     // oldest goes. There is one queue for all.
@@ -176,7 +176,6 @@ class FileCache {
     // The number of pages made resident.
     uint64_t restore();
 
-    void use(Policy policy);
     // Makes the page table replicated, or shared again, while faults come. False, and nothing changed, for a
     // partitioned one.
     bool replicate(bool replicated);
@@ -228,6 +227,8 @@ class FileCache {
     void drop(Run run, Page** pages);
     void look_at(const std::vector<Replacement::Candidate>& candidates, size_t begin, size_t end, Replacement& order,
                  bool thorough, Reclaimed& result);
+    template <typename Chosen>
+    std::vector<Run> runs_of(Chosen&& chosen) const;
     template <typename Visit>
     void each_region(Visit&& visit);
     static Run run_around(Page* const* pages, uint64_t first, uint32_t count, uint64_t page);

@@ -141,29 +141,20 @@ class Replacement {
         }
     }
 
-    Policy policy() const { return policy_; }
-    // From now on; the pages stay in their order.
-    void use(Policy policy) {
-        std::lock_guard guard(lock_);
-        policy_ = policy;
-        ghosts_.clear();
-        ghost_order_ = {};
-    }
-
   private:
     bool prefers_second() const {
         switch (policy_) {
             case Policy::fifo:
                 return second_.size() * 3 >= first_.size();  // the reclaim queue is a quarter of all
             case Policy::clock:
-                return true;  // what another policy left there
+                return false;  // there is one queue
             case Policy::s3fifo:
                 return first_.size() * 10 < first_.size() + second_.size();  // the small queue is a tenth
         }
         return false;
     }
 
-    Policy policy_;
+    const Policy policy_;
     mutable std::mutex lock_;  // protects all; a leaf: taken with page descriptors locked
     IndexQueue first_;
     IndexQueue second_;

@@ -226,22 +226,11 @@ class Caches:
         Raises:
             OutOfFrames: it does not fit the budget.
         """
-        reserved = 0 if overcommit else size // PAGE
-        if reserved:
-            self._global_pm.reserve(reserved)
-        try:
-            fr: FileRepresentative
-            if overcommit and self.swap:
-                # Room for two pages, since one access may lie across both.
-                self._global_pm.promise_file(min(2, self._global_pm.usage()["budget"]))
-                fr, backing = SwapFR.create(size), Backing.FILE
-            else:
-                fr, backing = ZeroFR.create(size), Backing.OVERCOMMITTED if overcommit else Backing.RESERVED
-            fcm, number = self._make_or_close(fr, backing)
-        except BaseException:
-            if reserved:
-                self._global_pm.unreserve(reserved)
-            raise
+        backing = Backing.RESERVED if not overcommit else Backing.FILE if self.swap else Backing.OVERCOMMITTED
+        reserved = size // PAGE if backing is Backing.RESERVED else 0
+        store: type[FileRepresentative] = SwapFR if backing is Backing.FILE else ZeroFR
+        with self._promised(backing, reserved):
+            fcm, number = self._make_or_close(store.create(size), backing)
         with self._lock:
             made = self._add(None, fcm, number, reserved)
             self._use(made, writer=False)
@@ -268,17 +257,9 @@ class Caches:
         size = of.fcm.fr().size()
         # Without swap space there must be a frame for each page that either side will write to.
         backing, reserved = (Backing.FILE, 0) if self.swap else (Backing.RESERVED, pages_of(size))
-        if reserved:
-            self._global_pm.reserve(reserved)
-        else:
-            self._global_pm.promise_file(min(2, self._global_pm.usage()["budget"]))
-        try:
+        with self._promised(backing, reserved):
             fr = SnapshotFR.create(size)
             fcm, number = self._make_or_close(fr, backing)
-        except BaseException:
-            if reserved:
-                self._global_pm.unreserve(reserved)
-            raise
         if of.node is None:
             of.node = Node(of.fcm, None, self._global_pm, Backing.FILE)
             of.fcm.set_node(of.node)
@@ -416,22 +397,18 @@ class Caches:
                 k42.local(fr).root.size = size  # what it is to us: if others truncate it, that is an error as before
             case "swap":
                 fr = SwapFR.create(size, swap)
-                self._global_pm.promise_file(min(2, self._global_pm.usage()["budget"]))
+                self._promise(backing, 0)
             case "snapshot":
                 fr = SnapshotFR.create(size, swap)
                 local = k42.local(fr)
                 assert isinstance(local, SnapshotFR)
                 local.orphan(name)
-                if record["reserved"]:
-                    backing = Backing.RESERVED
-                    self._global_pm.reserve(record["reserved"])
-                else:
-                    self._global_pm.promise_file(min(2, self._global_pm.usage()["budget"]))
+                backing = Backing.RESERVED if record["reserved"] else Backing.FILE
+                self._promise(backing, record["reserved"])
             case "zero":
                 fr = ZeroFR.create(size)
                 backing = Backing.RESERVED if record["reserved"] else Backing.OVERCOMMITTED
-                if record["reserved"]:
-                    self._global_pm.reserve(record["reserved"])
+                self._promise(backing, record["reserved"])
             case _:
                 traits = Traits(**record["traits"])
                 opener = functools.partial(open_store, *url)
@@ -508,6 +485,26 @@ class Caches:
         return True
 
     # Without it.
+
+    def _promise(self, backing: Backing, reserved: int) -> None:
+        """Promises what memory of this backing needs: its frames; or room for two pages that come and go, since one
+        access may lie across both.
+        """
+        if backing is Backing.RESERVED:
+            self._global_pm.reserve(reserved)
+        elif backing is Backing.FILE:
+            self._global_pm.promise_file(min(2, self._global_pm.usage()["budget"]))
+
+    @contextlib.contextmanager
+    def _promised(self, backing: Backing, reserved: int) -> Iterator[None]:
+        """The same; the frames are taken back if what is done with them fails."""
+        self._promise(backing, reserved)
+        try:
+            yield
+        except BaseException:
+            if reserved:
+                self._global_pm.unreserve(reserved)
+            raise
 
     def _retire(self, cached: Cached) -> None:
         """Nobody finds it any more."""

@@ -239,14 +239,6 @@ class FileCacheManager(k42.Object):
         raise NotImplementedError
 
 
-class _Ahead:
-    """A page manager for what is read ahead, which is charged to nobody."""
-
-    def __init__(self, global_pm: GlobalPageManager) -> None:
-        self.allocate = global_pm.allocate
-        self.release = global_pm.release
-
-
 class SharedFCM(FileCacheManager):
     """The non-distributed FCM: one page table under one lock.
 
@@ -398,12 +390,18 @@ class SharedFCM(FileCacheManager):
                 cache.complete_prefetch(first, count, False)
 
         def submit() -> None:
-            self.root.queue.submit(lambda: self._fill(first, count, pm, done, failed))
+            try:
+                self.root.queue.submit(lambda: self._fill(first, count, pm, done, failed))
+            except RuntimeError as error:
+                # There is no thread; or the region went since we left its gate, and with it the last user of the cache.
+                cache.abort_io(first, count)
+                failed(StoreError(str(error)))
+                return
             self._look_ahead(self.root.read_ahead.missed(first, count), pm)
 
         return submit
 
-    def _look_ahead(self, ahead: Ahead | None, pm: PageManager | _Ahead) -> None:
+    def _look_ahead(self, ahead: Ahead | None, pm: PageManager | GlobalPageManager) -> None:
         """Has pages read that will be wanted soon."""
         root = self.root
         if ahead is None or root.hints is None:
@@ -413,15 +411,16 @@ class SharedFCM(FileCacheManager):
         step = max(root.piece, min(ahead.pages // max(2, root.fr.traits().concurrency // 2), MAX_GROUP))
         for first in range(ahead.first, ahead.first + ahead.pages, step):
             end = min(first + step, ahead.first + ahead.pages)
-            root.queue.submit(functools.partial(self._read_ahead, first, end, pm), urgent=False)
+            with contextlib.suppress(RuntimeError):  # no thread for it, or the cache is being closed
+                root.queue.submit(functools.partial(self._read_ahead, first, end, pm), urgent=False)
 
-    def _read_ahead(self, first: int, end: int, pm: PageManager | _Ahead) -> None:
+    def _read_ahead(self, first: int, end: int, pm: PageManager | GlobalPageManager) -> None:
         with contextlib.suppress(StoreError, OutOfFrames, k42.Destroyed):  # whoever touches the pages will be told
             self._bring_in(first, end, pm)
 
     def hinted(self, page: int) -> None:
-        """Reads ahead; see `FileCacheManager.hinted`."""
-        self._look_ahead(self.root.read_ahead.touched(page), _Ahead(self.root.global_pm))
+        """Reads ahead; see `FileCacheManager.hinted`. No client is charged for it."""
+        self._look_ahead(self.root.read_ahead.touched(page), self.root.global_pm)
 
     def replaceable(self) -> bool:
         """Whether its pages can be given back."""
@@ -439,7 +438,7 @@ class SharedFCM(FileCacheManager):
         self,
         first: int,
         count: int,
-        pm: PageManager | _Ahead,
+        pm: PageManager | GlobalPageManager,
         done: Callable[[], None],
         failed: Callable[[Exception], None],
     ) -> None:
@@ -470,14 +469,14 @@ class SharedFCM(FileCacheManager):
         first = page - page % cluster
         return first, min(cluster, self.root.cache.pages() - first)
 
-    def prefetch(self, first: int, end: int, pm: PageManager | _Ahead) -> int:
+    def prefetch(self, first: int, end: int, pm: PageManager | GlobalPageManager) -> int:
         """Brings pages in; see `FileCacheManager.prefetch`."""
         cache = self.root.cache
         end = min(end, cache.pages())
         self._bring_in(first, end, pm)
-        return end - first - sum(count for _, count in cache.absent_runs(first, end, end - first))
+        return cache.present(first, end)
 
-    def _bring_in(self, first: int, end: int, pm: PageManager | _Ahead) -> None:
+    def _bring_in(self, first: int, end: int, pm: PageManager | GlobalPageManager) -> None:
         root = self.root
         cache = root.cache
         failures: list[Exception] = []
