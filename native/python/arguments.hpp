@@ -1,8 +1,11 @@
 // Positional arguments of a METH_FASTCALL function into C++ values, with Python's own errors.
 #pragma once
 
+#include <cerrno>
 #include <cstdint>
+#include <new>
 #include <string>
+#include <system_error>
 #include <type_traits>
 
 #include "edge.hpp"
@@ -76,11 +79,24 @@ struct Holder {
 
     static T& of(PyObject* self) { return reinterpret_cast<Holder*>(self)->value; }
 
+    // What the constructor throws is raised: an OSError, or a MemoryError.
     template <class... Args>
     static PyObject* make(PyTypeObject* type, Args&&... args) {
         PyObject* self = type->tp_alloc(type, 0);
-        if (self) new (&of(self)) T(std::forward<Args>(args)...);
-        return self;
+        if (!self) return nullptr;
+        try {
+            new (&of(self)) T(std::forward<Args>(args)...);
+            return self;
+        } catch (const std::system_error& error) {
+            errno = error.code().value();
+            PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.what());
+        } catch (const std::bad_alloc&) {
+            PyErr_NoMemory();
+        }
+        // There is no value to destroy yet: not dealloc(), only the memory.
+        type->tp_free(self);
+        Py_DECREF(type);
+        return nullptr;
     }
 
     static void dealloc(PyObject* self) {

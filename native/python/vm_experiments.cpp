@@ -1,10 +1,6 @@
 // What the experiments measure with: k42._native.BareWindow, touch(), visit_pages() and dontneed().
 #include <sys/mman.h>
 
-#include <cerrno>
-#include <new>
-#include <system_error>
-
 #include "arguments.hpp"
 #include "edge.hpp"
 #include "vm/bare.hpp"
@@ -26,21 +22,7 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
         PyErr_SetString(PyExc_ValueError, "a bare window has a CPU, and whole pages in all and a fault");
         return nullptr;
     }
-    PyObject* self = type->tp_alloc(type, 0);
-    if (!self) return nullptr;
-    try {
-        new (&Self::of(self)) vm::BareWindow(cpu, bytes, block, resident);
-        return self;
-    } catch (const std::system_error& error) {
-        errno = error.code().value();
-        PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.what());
-    } catch (const std::bad_alloc&) {
-        PyErr_NoMemory();
-    }
-    // There is no value to destroy yet: not dealloc(), only the memory.
-    type->tp_free(self);
-    Py_DECREF(type);
-    return nullptr;
+    return Self::make(type, cpu, bytes, block, resident);
 }
 
 int get_buffer(PyObject* self, Py_buffer* view, int flags) {

@@ -1,8 +1,5 @@
 // k42._native.FileCache: the pages of one file, the native half of an FCM; and HintQueue, through which it says where
 // read-ahead is due.
-#include <new>
-#include <system_error>
-
 #include "vm.hpp"
 
 namespace k42::edge {
@@ -78,22 +75,8 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
         PyErr_SetString(PyExc_ValueError, "no such fill, backing, policy or table, no pages, or no CPUs");
         return nullptr;
     }
-    PyObject* self = type->tp_alloc(type, 0);
-    if (!self) return nullptr;
-    try {
-        new (&Self::of(self)) FileCacheValue(Ref::borrow(pool), &frames->pool, memfd, journal, pages, vm::Fill(fill),
-                                             vm::Backing(backing), vm::Policy(policy), cpus, vm::Tables(tables));
-        return self;
-    } catch (const std::system_error& error) {
-        errno = error.code().value();
-        PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.what());
-    } catch (const std::bad_alloc&) {
-        PyErr_NoMemory();
-    }
-    // There is no value to destroy yet: not dealloc(), only the memory.
-    type->tp_free(self);
-    Py_DECREF(type);
-    return nullptr;
+    return Self::make(type, Ref::borrow(pool), &frames->pool, memfd, journal, pages, vm::Fill(fill),
+                      vm::Backing(backing), vm::Policy(policy), cpus, vm::Tables(tables));
 }
 
 PyObject* resolve(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {

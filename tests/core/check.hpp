@@ -3,6 +3,7 @@
 // time.
 #pragma once
 
+#include <sched.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -109,6 +110,17 @@ void in_threads(int n, Work work) {
         });
     }
     for (std::thread& thread : threads) thread.join();
+}
+
+// The CPUs that this program may use.
+inline std::vector<int> machine_cpus() {
+    cpu_set_t mask;
+    CHECK(sched_getaffinity(0, sizeof mask, &mask) == 0);
+    std::vector<int> cpus;
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+        if (CPU_ISSET(cpu, &mask)) cpus.push_back(cpu);
+    }
+    return cpus;
 }
 
 }  // namespace k42::testing

@@ -22,16 +22,6 @@ using namespace k42::vm;
 
 namespace {
 
-std::vector<int> machine_cpus() {
-    cpu_set_t mask;
-    CHECK(sched_getaffinity(0, sizeof mask, &mask) == 0);
-    std::vector<int> cpus;
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-        if (CPU_ISSET(cpu, &mask)) cpus.push_back(cpu);
-    }
-    return cpus;
-}
-
 void sticky_affinity() {
     begin("sticky_affinity");
     const std::vector<int> all = machine_cpus();

@@ -543,18 +543,6 @@ void status_page() {
     munmap(const_cast<void*>(seen), StatusPage::kBytes);
 }
 
-// StickyAffinity, with times of our own making
-
-std::vector<int> machine_cpus() {
-    cpu_set_t mask;
-    CHECK(sched_getaffinity(0, sizeof mask, &mask) == 0);
-    std::vector<int> cpus;
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-        if (CPU_ISSET(cpu, &mask)) cpus.push_back(cpu);
-    }
-    return cpus;
-}
-
 // Real memory
 
 // A World whose file is mapped in this process, one window a CPU, and served by an engine.

@@ -17,10 +17,11 @@ import k42
 from k42.vm import protocol
 from k42.vm.caches import Cached, Caches, in_use
 from k42.vm.errors import ProtocolError, StoreError
-from k42.vm.fcm import Advice, FileCacheManager
+from k42.vm.fcm import FileCacheManager
 from k42.vm.files import open_store
 from k42.vm.pm import PageManager
 from k42.vm.protocol import PAGE, Message
+from k42.vm.readahead import Advice
 
 log = logging.getLogger("k42.kernel")
 

@@ -36,8 +36,7 @@ from k42.vm.hat import Hat
 from k42.vm.io import IoQueue
 from k42.vm.pm import Backing, GlobalPageManager, PageManager
 from k42.vm.protocol import MAX_GROUP, PAGE, pages_of
-from k42.vm.readahead import Advice as Trend
-from k42.vm.readahead import Ahead, ReadAhead
+from k42.vm.readahead import Advice, Ahead, ReadAhead
 from k42.vm.snapshot import Node, SnapshotFR
 
 log = logging.getLogger("k42.kernel")
@@ -71,16 +70,6 @@ class Policy(enum.IntEnum):
         except KeyError:
             known = ", ".join(policy.name.lower() for policy in cls)
             raise ValueError(f"there is no policy of replacement {name!r}; there are: {known}") from None
-
-
-class Advice(enum.StrEnum):
-    """What a client says of its accesses to come; as ``madvise`` has them."""
-
-    NORMAL = "normal"
-    RANDOM = "random"
-    SEQUENTIAL = "sequential"
-    WILL_NEED = "willneed"
-    DONT_NEED = "dontneed"
 
 
 class Tables(enum.IntEnum):
@@ -287,7 +276,6 @@ class SharedFCM(FileCacheManager):
             limit = 0 if hints is None or self.anonymous else min(traits.read_ahead, global_pm.prefetchable() // 4)
             self.piece = min(traits.cluster, MAX_GROUP)  # pages that are read ahead by one request, at least
             self.read_ahead = ReadAhead(pages_of(fr.size()), limit, traits.cluster)
-            self.sequential = False  # pages are used once, in order
             self.node: Node | None = None  # among snapshots
             self.failed_until = 0.0  # monotonic time until which the store is not asked to take pages
             self.flushing = threading.Lock()  # protects the order of resize and flush; before all native locks
@@ -463,7 +451,7 @@ class SharedFCM(FileCacheManager):
 
     def _cluster(self, page: int, group: tuple[int, int]) -> tuple[int, int]:
         """What to read at once: the group, or more where reading single pages would cost more than reading on."""
-        cluster = 1 if self.root.read_ahead.advice is Trend.RANDOM else self.root.cluster
+        cluster = 1 if self.root.read_ahead.advice is Advice.RANDOM else self.root.cluster
         if cluster <= group[1]:
             return group
         first = page - page % cluster
@@ -496,7 +484,9 @@ class SharedFCM(FileCacheManager):
     def give_back(self, frames: int) -> int:
         """Evicts pages; see `FileCacheManager.give_back`."""
         cache = self.root.cache
-        given, _ = cache.reclaim(frames, not self.root.sequential)
+        given, _ = cache.reclaim(
+            frames, self.root.read_ahead.advice is not Advice.SEQUENTIAL
+        )  # once is enough, in order
         while given < frames and self._store_is_well():
             first, count = cache.take_laundry(min(_WRITE_PAGES, max(1, frames - given)))
             if not count:
@@ -631,8 +621,7 @@ class SharedFCM(FileCacheManager):
         root = self.root
         match advice:
             case Advice.NORMAL | Advice.RANDOM | Advice.SEQUENTIAL:
-                root.sequential = advice is Advice.SEQUENTIAL
-                root.read_ahead.advise(Trend(advice))
+                root.read_ahead.advise(advice)
             case Advice.WILL_NEED:
                 self.prefetch(first, end, pm)
             case Advice.DONT_NEED:

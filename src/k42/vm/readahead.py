@@ -18,12 +18,14 @@ _FIRST_WINDOW = 4  # pages
 _MAX_STRIDE = 32  # pages: of larger steps most of what were read would be for nothing
 
 
-class Advice(enum.Enum):
-    """What the program said about how it will read; values as in the protocol."""
+class Advice(enum.StrEnum):
+    """What a client says of its accesses to come; as ``madvise`` has them. The first three are about read-ahead."""
 
     NORMAL = "normal"
     SEQUENTIAL = "sequential"
     RANDOM = "random"
+    WILL_NEED = "willneed"
+    DONT_NEED = "dontneed"
 
 
 class Ahead(NamedTuple):
