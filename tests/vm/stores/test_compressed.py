@@ -8,24 +8,8 @@ import pytest
 from http_server import Server
 from stores_support import PAGE, padded, words
 
-import k42
 from k42 import vm
-from k42.vm.files import open_store
 from k42.vm.fr import compress
-
-
-@pytest.fixture
-def opened():
-    made = []
-
-    def make(url, mode="r"):
-        made.append(open_store(url, mode, {}))
-        return made[-1]
-
-    yield make
-    for fr in made:
-        fr.close()
-        k42.destroy(fr)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from http_server import Server, status
 from stores_support import PAGE, padded, words
 from vm_support import until
 
-import k42
 from k42 import vm
 from k42.vm.files import open_store
 
@@ -27,17 +26,9 @@ def server():
 
 
 @pytest.fixture
-def opened(server):
-    made = []
-
-    def make(path="/a", options=QUICK):
-        made.append(open_store(server.url(path), "r", options))
-        return made[-1]
-
-    yield make
-    for fr in made:
-        fr.close()
-        k42.destroy(fr)
+def opened(opened, server):
+    """Opens what lies at a path of the server."""
+    return lambda path="/a", options=QUICK: opened(server.url(path), "r", options)
 
 
 def reads_right(fr, frames) -> bool:

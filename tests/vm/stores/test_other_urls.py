@@ -9,28 +9,12 @@ import pytest
 from http_server import Server
 from stores_support import PAGE, padded, words
 
-import k42
 from k42 import vm
 from k42.vm import credentials
-from k42.vm.files import open_store
 
 fsspec = pytest.importorskip("fsspec", reason="needs the extra k42[url]")
 
 CONTENT = words(50 * PAGE + 77)
-
-
-@pytest.fixture
-def opened():
-    made = []
-
-    def make(url, mode="r", options=None):
-        made.append(open_store(url, mode, options or {}))
-        return made[-1]
-
-    yield make
-    for fr in made:
-        fr.close()
-        k42.destroy(fr)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import threading
 import pytest
 from stores_support import PAGE, padded, words
 
-import k42
 from k42 import vm
 from k42.vm.files import open_store
 
@@ -49,17 +48,8 @@ def bucket(options):
 
 
 @pytest.fixture
-def opened(options):
-    made = []
-
-    def make(url, **more):
-        made.append(open_store(url, "r", options | more))
-        return made[-1]
-
-    yield make
-    for fr in made:
-        fr.close()
-        k42.destroy(fr)
+def opened(opened, options):
+    return lambda url, **more: opened(url, "r", options | more)
 
 
 def test_ranges(bucket, opened, frames):

@@ -76,17 +76,9 @@ def installed(folder, monkeypatch):
 
 
 @pytest.fixture
-def opened():
-    made = []
-
-    def make(url, mode="r", content=b""):
-        made.append(open_store(url, mode, {"content": content.hex()}))
-        return made[-1]
-
-    yield make
-    for fr in made:
-        fr.close()
-        k42.destroy(fr)
+def opened(opened):
+    """Opens a URL whose store has this content."""
+    return lambda url, mode="r", content=b"": opened(url, mode, {"content": content.hex()})
 
 
 def store_of(fr):
