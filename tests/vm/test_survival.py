@@ -195,6 +195,30 @@ def test_a_fault_that_waits_is_served_by_the_next(supervised, script, folder):
     assert reader.finish() == 0
 
 
+def test_an_end_that_comes_with_a_death_loses_nothing(supervised, script, folder):
+    # The supervisor hears of both at once.
+    kernel = supervised(1 << 20)
+    path = folder / "file"
+    path.write_bytes(bytes(64 * PAGE))
+    code = """
+        mapping = vm.connect(sys.argv[1]).open(sys.argv[2], "r+")
+        mapping[: 64 * 4096 : 4096] = b"x" * 64
+        say("written")
+        sys.stdin.readline()
+        """
+    writer = script(code, kernel.socket, path)
+    assert writer.line() == "written"
+    served = kernel_of(kernel)
+    os.kill(kernel.pid, signal.SIGSTOP)
+    os.kill(served, signal.SIGKILL)
+    until(lambda: has_ended(served), "it is dead")
+    os.kill(kernel.pid, signal.SIGTERM)
+    os.kill(kernel.pid, signal.SIGCONT)
+    assert kernel.stop() == 0
+    assert path.read_bytes()[::PAGE] == b"x" * 64
+    writer.process.kill()
+
+
 def test_what_is_dirty_and_not_flushed_survives(supervised, script, folder):
     kernel = supervised(1 << 20)
     path = folder / "file"

@@ -413,7 +413,8 @@ def test_an_access_through_a_pointer_ends_in_sigbus(kernels, script, server):
             assert "500" in process.stderr()
 
 
-def test_an_object_that_changed_is_noticed(client, server):
+def test_an_object_that_changed_is_noticed(kernels, connect, server):
+    client = connect(kernels())  # with room for both versions
     url = server.url("/a")
     with client.open(url, storage_options=QUICK) as old:
         take(old, 0)

@@ -137,11 +137,13 @@ def supervise(arguments: list[str]) -> int:
     records = Records()
     child = 0
     ending = False
+    asked = False  # the child, to end; once, for at its own end a second time would kill it
 
     def end(_: int, __: object) -> None:
-        nonlocal ending
+        nonlocal ending, asked
         ending = True
-        if child:
+        if child and not asked:
+            asked = True
             os.kill(child, signal.SIGTERM)  # a zombie at worst: nobody else has waited for it
 
     endings = {signal.SIGTERM, signal.SIGINT}
@@ -151,9 +153,11 @@ def supervise(arguments: list[str]) -> int:
     while True:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         signal.pthread_sigmask(signal.SIG_BLOCK, endings)
-        if ending:
+        if ending and not deaths:
             return 0
+        # To end where one has died takes another: it has what clients wrote, and writes it back.
         started = time.monotonic()
+        asked = False
         child = _start(arguments, theirs)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, endings)
         theirs.close()
@@ -164,6 +168,9 @@ def supervise(arguments: list[str]) -> int:
         while heard:
             with contextlib.suppress(ConnectionError):  # once, where it died before it had read all; the rest follows
                 heard = records.hear(ours)
+            if ending and records.serving and not asked:
+                asked = True
+                os.kill(child, signal.SIGTERM)
         _, waited = os.waitpid(child, 0)
         signal.pthread_sigmask(signal.SIG_BLOCK, endings)
         child = 0
@@ -172,14 +179,14 @@ def supervise(arguments: list[str]) -> int:
         status = os.waitstatus_to_exitcode(waited)
         if status >= 0 and status != _CRASHED:
             return status
-        if ending and -status in endings:
+        if ending and -status in endings and not deaths:
             return 0  # it had not begun yet
         deaths += 1
         # SIGKILL comes from outside: who kills a kernel that serves can do so as often as they like.
         settled = records.serving and (status == -signal.SIGKILL or time.monotonic() - started > _SETTLED)
         in_a_row = 0 if settled else in_a_row + 1
         what = signal.Signals(-status).name if status < 0 else f"status {status}"
-        if ending or in_a_row == _MOST_DEATHS or not records.whole:
+        if in_a_row == _MOST_DEATHS or not records.whole:
             reason = "" if records.whole else ", and not all that it told could be kept: too few descriptors"
             _say(f"the kernel died ({what}){reason}: giving up after {deaths} deaths")
             return _CRASHED
