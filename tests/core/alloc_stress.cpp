@@ -401,27 +401,35 @@ void gives_back() {
 }
 
 // A child goes on with the one thread that it has, while in the parent others were in the middle of their pools.
+// These use no memory of malloc while they run: AddressSanitizer's malloc does not survive that, its child hangs.
 void forks() {
     begin("forks");
     constexpr int kForks = 10;
+    constexpr int kThreads = 3;
+    constexpr size_t kMine = 50, kOthers = 100;
     std::atomic<bool> stop{false};
+    std::barrier ready(kThreads + 1);
     std::mutex lock;  // protects others
     std::vector<Filled> others;
+    others.reserve(kOthers);
     std::vector<std::thread> threads;
-    for (int i = 0; i < 3; ++i)
+    for (int i = 0; i < kThreads; ++i)
         threads.emplace_back([&, i] {
             Random random(seed() + uint64_t(i));
             std::vector<Filled> mine;
+            mine.reserve(kMine + 1);
+            mine.push_back(Filled::make(random));
+            ready.arrive_and_wait();
             while (!stop.load()) {
                 mine.push_back(Filled::make(random));
-                if (mine.size() > 50) {
+                if (mine.size() > kMine) {
                     std::swap(mine[random.below(mine.size())], mine.back());
                     mine.back().free();
                     mine.pop_back();
                 }
                 if (random.one_in(500)) {
                     std::lock_guard guard(lock);
-                    if (others.size() < 100) {
+                    if (others.size() < kOthers) {
                         others.push_back(mine.back());
                         mine.pop_back();
                     }
@@ -429,6 +437,7 @@ void forks() {
             }
             for (const Filled& block : mine) block.free();
         });
+    ready.arrive_and_wait();
     for (int i = 0; i < kForks; ++i) {
         Random random(seed());
         std::vector<Filled> mine;
