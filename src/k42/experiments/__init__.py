@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from k42.experiments import attach, counter, faults, grep, memclone, memclone_shared, paging, remote, structures
+from k42.experiments import (
+    attach,
+    counter,
+    faults,
+    grep,
+    memclone,
+    memclone_shared,
+    paging,
+    remote,
+    structures,
+    survival,
+)
 from k42.experiments._runner import Options, Report
 
 __all__ = ["EXPERIMENTS", "Options", "Report"]
@@ -23,4 +34,5 @@ EXPERIMENTS: dict[str, Callable[[Options], Report]] = {
     "paging": paging.run,
     "remote": remote.run,
     "structures": structures.run,
+    "survival": survival.run,
 }
