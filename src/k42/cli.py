@@ -108,8 +108,8 @@ def experiment(
         str,
         typer.Argument(
             metavar="NAME",
-            help="One of: attach, counter, faults, grep, memclone, memclone-shared, paging, remote, structures, "
-            "survival.",
+            help="One of: attach, counter, fault-rate, faults, grep, memclone, memclone-shared, paging, remote, "
+            "structures, survival.",
         ),
     ],
     machine: Annotated[Machine, typer.Option(help="Where to run it.")] = Machine.real,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from k42.experiments import (
     attach,
     counter,
+    fault_rate,
     faults,
     grep,
     memclone,
@@ -27,6 +28,7 @@ __all__ = ["EXPERIMENTS", "Options", "Report"]
 EXPERIMENTS: dict[str, Callable[[Options], Report]] = {
     "attach": attach.run,
     "counter": counter.run,
+    "fault-rate": fault_rate.run,
     "faults": faults.run,
     "grep": grep.run,
     "memclone": memclone.run,
