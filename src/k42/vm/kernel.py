@@ -10,6 +10,7 @@ import collections
 import contextlib
 import errno
 import fcntl
+import gc
 import itertools
 import logging
 import os
@@ -18,6 +19,7 @@ import secrets
 import selectors
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -58,6 +60,8 @@ _MOST_REGIONS = 16384
 _MOST_WINDOWS = 32768  # Linux allows a process 65,530 mappings unless told otherwise (vm.max_map_count)
 _SHARE_OF_DESCRIPTORS = 16  # file caches: a sixteenth of the descriptors, of which each has up to four
 _MOST_NEWCOMERS = 256  # connections that have not said hello
+_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
+_TIDY = 0.5  # seconds from an end of something to the collection of what it had
 _MAX_ANONYMOUS = 1 << 46  # bytes: what fits a user's address space
 
 
@@ -148,6 +152,7 @@ class Kernel:
         self._variants = variants or Variants()
         self._adapter = Adapter() if self._variants.adapt else None
         self._next_look = 0.0
+        self._tidy_at: float | None = None
         self._global_pm: GlobalPageManager = self._variants.global_pm.create(budget // PAGE)
         self._engine = _native.Engine(self.cpus, sticky, homing)
         # Twice what the budget fills: beyond it most page tables are of pages that have gone.
@@ -222,18 +227,23 @@ class Kernel:
         try:
             while not self._stopping:
                 timeout = self._time_to_linger()
-                if self._adapter is not None:
-                    timeout = self._adapt(timeout)
                 if timeout is not None and timeout <= 0:
                     log.info("no client for %s s: done", self.linger)
                     break
-                for key, _ in self._selector.select(timeout):
-                    if callable(key.data):
-                        key.data()
-                    elif not isinstance(key.data, _Newcomer) or key.data in self._newcomers:  # else closed just now
-                        self._serve(key.data)
+                if self._adapter is not None:
+                    timeout = self._adapt(timeout)
+                if self._tidy_at is not None:
+                    timeout = self._tidy(timeout)
+                self._look_at([key.data for key, _ in self._selector.select(timeout)])
         finally:
             self._shut_down(workers)
+
+    def _look_at(self, ready: list[Any]) -> None:
+        for each in ready:
+            if callable(each):
+                each()
+            elif not isinstance(each, _Newcomer) or each in self._newcomers:  # else closed just now
+                self._serve(each)
 
     def stop(self) -> None:
         """Ends `run`; may be called from a signal handler or another thread."""
@@ -250,6 +260,23 @@ class Kernel:
             self._adapter.look(self._variants.watched(self._global_pm, self._clients.values()))
         wait = max(0.0, self._next_look - time.monotonic())
         return wait if timeout is None else min(wait, timeout)
+
+    def _tidy(self, timeout: float | None) -> float:
+        """Collects, when it is time, what has gone; how long to wait at most."""
+        assert self._tidy_at is not None
+        wait = self._tidy_at - time.monotonic()
+        if wait <= 0:
+            self._tidy_at = None
+            for _ in range(3):  # what one frees may be the last that has what the next can
+                gc.collect()
+            return 0.0
+        return wait if timeout is None else min(wait, timeout)
+
+    def _tidy_soon(self) -> None:
+        # What a thread made and another let go last is freed, without a GIL, when its maker next runs Python: workers
+        # may wait for long. Until then it has frames and descriptors.
+        if self._tidy_at is None and not _GIL:
+            self._tidy_at = time.monotonic() + _TIDY
 
     def _time_to_linger(self) -> float | None:
         if self.linger is None or self._clients:
@@ -302,34 +329,39 @@ class Kernel:
     def _work(self, index: int, cpu: int) -> None:
         os.sched_setaffinity(0, {cpu})
         while (handed_up := self._engine.next(index)) is not None:
-            client_id, _, address, canonical, write = handed_up
-            client = self._clients.get(client_id)
-            if client is None:
-                continue  # gone, and its faults with it
-            try:
-                client.process.handle_fault(Fault(index, address, canonical, write))
-            except k42.Destroyed:
-                # The region or the whole client went while we were at it. Another mapping may be at the address by
-                # now: never fail it. Who waits there faults again.
-                with contextlib.suppress(k42.Destroyed):
-                    client.hat.wake(index, address)
-            except Exception as error:
-                log.exception("a fault of client %d at %#x", client.pid, address)
-                with contextlib.suppress(k42.Destroyed):
-                    client.hat.fail(index, address, f"the kernel failed: {type(error).__name__}: {error}")
+            self._handle(index, *handed_up)
+
+    def _handle(self, index: int, client_id: int, _: int, address: int, canonical: int, write: bool) -> None:
+        # Not within the loop: while that waits, its names would keep a client that has gone.
+        client = self._clients.get(client_id)
+        if client is None:
+            return  # gone, and its faults with it
+        try:
+            client.process.handle_fault(Fault(index, address, canonical, write))
+        except k42.Destroyed:
+            # The region or the whole client went while we were at it. Another mapping may be at the address by
+            # now: never fail it. Who waits there faults again.
+            with contextlib.suppress(k42.Destroyed):
+                client.hat.wake(index, address)
+        except Exception as error:
+            log.exception("a fault of client %d at %#x", client.pid, address)
+            with contextlib.suppress(k42.Destroyed):
+                client.hat.fail(index, address, f"the kernel failed: {type(error).__name__}: {error}")
 
     def _read_ahead(self) -> None:
         while (hint := self._hints.next()) is not None:
-            number, page = hint
-            fcm = self._caches.numbered(number)
-            if fcm is None:
-                continue
-            try:
-                fcm.hinted(page)
-            except k42.Destroyed:
-                pass
-            except Exception:
-                log.exception("read-ahead")
+            self._follow(*hint)
+
+    def _follow(self, number: int, page: int) -> None:
+        fcm = self._caches.numbered(number)
+        if fcm is None:
+            return
+        try:
+            fcm.hinted(page)
+        except k42.Destroyed:
+            pass
+        except Exception:
+            log.exception("read-ahead")
 
     def _fcms(self) -> list[FileCacheManager]:
         return self._caches.fcms()
@@ -817,6 +849,7 @@ class Kernel:
         if client.caches[mapped.cached] <= 0:
             del client.caches[mapped.cached]
         k42.destroy(mapped.region)
+        self._tidy_soon()
 
     def _disconnect(self, client: _Client | _Newcomer) -> None:
         """A client is gone, by its will or not: frees all that it had."""
@@ -842,6 +875,7 @@ class Kernel:
         client.pm.close()
         for object_ in (client.process, client.pm, client.hat):
             k42.destroy(object_)
+        self._tidy_soon()
         self._idle_since = time.monotonic()
 
     def stat(self) -> dict[str, Any]:
