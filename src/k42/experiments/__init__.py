@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from k42.experiments import attach, counter, faults, grep, memclone, memclone_shared, paging, remote, structures
+from k42.experiments import (
+    attach,
+    counter,
+    faults,
+    grep,
+    memclone,
+    memclone_shared,
+    objects,
+    paging,
+    remote,
+    structures,
+)
 from k42.experiments._runner import Options, Report
 
 __all__ = ["EXPERIMENTS", "Options", "Report"]
@@ -20,6 +31,7 @@ EXPERIMENTS: dict[str, Callable[[Options], Report]] = {
     "grep": grep.run,
     "memclone": memclone.run,
     "memclone-shared": memclone_shared.run,
+    "objects": objects.run,
     "paging": paging.run,
     "remote": remote.run,
     "structures": structures.run,

@@ -45,6 +45,11 @@ _COLOURS = {
     "native-padded": "#eeb08c",
     "DistributedCounter": "#d1662f",
     "no-op": "#999999",
+    "created, used and destroyed on one": "#d1662f",
+    "used on one, created or destroyed on another": "#eeb08c",
+    "used on several": "#4c6a92",
+    "served on one": "#d1662f",
+    "served on several": "#4c6a92",
 }
 
 # Where a name is made of where the state lives and what it is: from Python, and in the core alone. Others are grey.
@@ -55,6 +60,10 @@ _HUES = {
     "Partitioned": ("#8a5a99", "#d8c3e0"),
     "Distributed": ("#d1662f", "#eeb08c"),
     "Replicated": ("#d1662f", "#eeb08c"),
+    "Process": ("#d1662f", "#eeb08c"),
+    "HAT": ("#8a5a99", "#d8c3e0"),
+    "FCM": ("#4c6a92", "#a9bdd9"),
+    "Region": ("#4f8a5b", "#a3c9aa"),
 }
 _GREYS = ("#333333", "#6e6e6e", "#999999", "#bdbdbd", "#dddddd")
 
@@ -101,7 +110,7 @@ def _colours(names: Sequence[str]) -> dict[str, str]:
                 return core if name.endswith("(core)") else plain
         return next(greys)
 
-    return {name: _COLOURS.get(name) or colour(_short(name)) for name in names}
+    return {name: _COLOURS.get(name) or _COLOURS.get(_short(name)) or colour(_short(name)) for name in names}
 
 
 class _Layout:
@@ -161,6 +170,8 @@ def table(title: str, records: Sequence[Record]) -> Group:
 def _cell(record: Record | None) -> str:
     if record is None:
         return ""
+    if not record.value:
+        return "0"
     return f"{number(record.value)} [dim]±{50 * record.spread / record.value:2.0f}%[/]"
 
 
@@ -224,7 +235,7 @@ def _bars(axes: Axes, records: Sequence[Record]) -> None:
         axes.bar_label(bars, [number(record.value) for record in own.values()], padding=2, fontsize=7)
     axes.set_xticks(range(len(layout.groups)), [layout.label(group) for group in layout.groups])
     values = [record.value for record in records]
-    if max(values) > 8 * min(values):
+    if records[0].unit != "%" and max(values) > 8 * min(values):
         _logarithmic(axes, values)
         axes.set_ylim(bottom=min(values) / 2)
 
