@@ -474,30 +474,26 @@ class Client:
         None: that took too long, perhaps because the thread that forks is itself within such a call.
         """
         deadline = time.monotonic() + _FORK_WAIT
-        held: list[threading.Lock] = []
 
         def take(lock: threading.Lock) -> bool:
-            if lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                held.append(lock)
-                return True
-            return False
+            return lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
-        def let_go() -> None:
-            while held:
-                held.pop().release()
-
-        while True:
-            if not take(self._lock):
-                return None
-            mappings = sorted(self._mappings, key=id)
-            let_go()
-            # A mapping's lock comes before the client's, so that there may be more of them by then.
-            if not all(take(mapping._lock) for mapping in mappings) or not take(self._lock):
-                let_go()
-                return None
-            if mappings == sorted(self._mappings, key=id):
+        while take(self._lock):
+            held, busy = [self._lock], None
+            for mapping in self._mappings:
+                # Without waiting: a mapping's lock comes before the client's, and one that is resized takes another's.
+                if not mapping._lock.acquire(blocking=False):
+                    busy = mapping._lock
+                    break
+                held.append(mapping._lock)
+            if busy is None:
                 return held
-            let_go()
+            for lock in held:
+                lock.release()
+            if not take(busy):
+                break
+            busy.release()
+        return None
 
     def _after_fork(self, *, settled: bool) -> None:
         """In a forked child: the parent's connection, mappings and userfaultfds are the parent's.
