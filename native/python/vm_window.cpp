@@ -256,8 +256,8 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
-// In a forked child, where nothing is at the addresses of the parent's window: it shows the frames there again, served by
-// a kernel that knows the child, and the buffers that the parent had exported are the child's, too.
+// In a forked child, where nothing is at the addresses of the parent's window: it shows the frames there again, served
+// by a kernel that knows the child, and the buffers that the parent had exported are the child's, too.
 PyObject* show_again(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     int memfd, uffd;
     uint64_t offset, status;

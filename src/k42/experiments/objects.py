@@ -323,8 +323,8 @@ def records(counts: _Counts) -> list[Record]:
     """The shares in %, of those objects that are shown for some number of processors."""
     shown: dict[str, dict[str, None]] = {}
     for (name, _), rounds in counts.items():
-        labels = list(rounds[0]) if name.startswith("benchmark") else main_objects(rounds)
-        shown.setdefault(name, {}).update(dict.fromkeys(labels))
+        wanted = list(rounds[0]) if name.startswith("benchmark") else main_objects(rounds)
+        shown.setdefault(name, {}).update(dict.fromkeys(wanted))
     found = []
     for name, labels in shown.items():
         for label in labels:
@@ -361,8 +361,8 @@ def findings(counts: _Counts) -> list[str]:
             shown = main_objects(rounds)
             lines.append(f"{name}, {processors} proc.: {len(shown)} objects for 80% of {total:.0f} accesses")
         else:
-            first = next(iter(medians))
-            lines.append(f"{name}, {processors} proc.: of {total:.0f} objects {100 * medians[first] / total:.1f}% {first}")
+            first, share = next(iter(medians)), 100 * next(iter(medians.values())) / total
+            lines.append(f"{name}, {processors} proc.: of {total:.0f} objects {share:.1f}% {first}")
     return lines
 
 

@@ -744,9 +744,7 @@ def _warn(what: str) -> None:
     warnings.warn(f"in this forked child {what}", ForkWarning, stacklevel=2)
 
 
-os.register_at_fork(
-    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
-)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 def open(
