@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,11 +46,6 @@ _COLOURS = {
     "native-padded": "#eeb08c",
     "DistributedCounter": "#d1662f",
     "no-op": "#999999",
-    "created, used and destroyed on one": "#d1662f",
-    "used on one, created or destroyed on another": "#eeb08c",
-    "used on several": "#4c6a92",
-    "served on one": "#d1662f",
-    "served on several": "#4c6a92",
 }
 
 # Where a name is made of where the state lives and what it is: from Python, and in the core alone. Others are grey.
@@ -60,11 +56,8 @@ _HUES = {
     "Partitioned": ("#8a5a99", "#d8c3e0"),
     "Distributed": ("#d1662f", "#eeb08c"),
     "Replicated": ("#d1662f", "#eeb08c"),
-    "Process": ("#d1662f", "#eeb08c"),
-    "HAT": ("#8a5a99", "#d8c3e0"),
-    "FCM": ("#4c6a92", "#a9bdd9"),
-    "Region": ("#4f8a5b", "#a3c9aa"),
 }
+_SHADES = ("#eeb08c", "#d1662f", "#8f3f17")  # for numbers of processors
 _GREYS = ("#333333", "#6e6e6e", "#999999", "#bdbdbd", "#dddddd")
 
 
@@ -110,7 +103,7 @@ def _colours(names: Sequence[str]) -> dict[str, str]:
                 return core if name.endswith("(core)") else plain
         return next(greys)
 
-    return {name: _COLOURS.get(name) or _COLOURS.get(_short(name)) or colour(_short(name)) for name in names}
+    return {name: _COLOURS.get(name) or colour(_short(name)) for name in names}
 
 
 class _Layout:
@@ -179,7 +172,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     """Draw the records, one panel an experiment or an operation of it, into a file of the kind that its name ends with.
 
     With one or two numbers of processors the panel has bars, side by side; with more it has lines against
-    processors on logarithmic axes, as the paper's figures have it.
+    processors on logarithmic axes, as the paper's figures have it. Shares are bars in any case.
 
     Raises:
         Error: matplotlib is missing, or the file cannot be written.
@@ -200,14 +193,16 @@ def plot(records: Sequence[Record], path: Path) -> None:
     for axes in places[len(panels) :]:
         axes.set_axis_off()
     for axes, ((_, operation), panel) in zip(places, panels.items(), strict=False):
-        draw = _bars if len({record.processors for record in panel}) <= 2 else _lines
-        draw(axes, panel)
         first = panel[0]
+        few = len({record.processors for record in panel}) <= 2
+        draw = _shares if first.unit == "%" else _bars if few else _lines
+        draw(axes, panel)
         rows = math.ceil(len(axes.get_legend_handles_labels()[0]) / 4)
         title = f"{first.experiment}: {operation}" if operation else first.experiment
         axes.set_title(title, loc="left", fontweight="bold", pad=12 + 15 * rows)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), frameon=False, ncols=4, fontsize="small")
-        axes.set_ylabel(f"{first.metric.replace('_', ' ')}, {first.unit.replace('us', 'µs')}")
+        label = axes.set_xlabel if draw is _shares else axes.set_ylabel
+        label(f"{first.metric.replace('_', ' ')}, {first.unit.replace('us', 'µs')}")
         axes.spines[["top", "right"]].set_visible(False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,9 +230,28 @@ def _bars(axes: Axes, records: Sequence[Record]) -> None:
         axes.bar_label(bars, [number(record.value) for record in own.values()], padding=2, fontsize=7)
     axes.set_xticks(range(len(layout.groups)), [layout.label(group) for group in layout.groups])
     values = [record.value for record in records]
-    if records[0].unit != "%" and max(values) > 8 * min(values):
+    if max(values) > 8 * min(values):
         _logarithmic(axes, values)
         axes.set_ylim(bottom=min(values) / 2)
+
+
+def _shares(axes: Axes, records: Sequence[Record]) -> None:
+    """A row for each series, in their order, with a bar for each number of processors; for shares of a whole."""
+    layout = _Layout(records)
+    height = 0.8 / len(layout.groups)
+    for at, group in enumerate(layout.groups):
+        bars = axes.barh(
+            [row + at * height for row in range(len(layout.series))],
+            [layout.cells[series, group].value for series in layout.series],
+            height * 0.92,
+            color=_SHADES[at % len(_SHADES)],
+            label=layout.label(group),
+        )
+        axes.bar_label(bars, [number(layout.cells[series, group].value) for series in layout.series], padding=2)
+    names = [textwrap.fill(_short(series), 26) for series in layout.series]
+    axes.set_yticks([row + (len(layout.groups) - 1) * height / 2 for row in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
 
 
 def _lines(axes: Axes, records: Sequence[Record]) -> None:

@@ -334,9 +334,12 @@ def records(counts: _Counts) -> list[Record]:
     return found
 
 
+def _shares(label: str, rounds: Sequence[Mapping[str, int]]) -> list[float]:
+    return [100 * each.get(label, 0) / sum(each.values()) for each in rounds]
+
+
 def _record(implementation: str, processors: int, label: str, rounds: Sequence[Mapping[str, int]]) -> Record:
-    shares = [100 * each.get(label, 0) / sum(each.values()) for each in rounds]
-    quarter, median, three_quarters = statistics.quantiles(shares, n=4, method="inclusive")
+    quarter, median, three_quarters = statistics.quantiles(_shares(label, rounds), n=4, method="inclusive")
     return Record(
         experiment="objects",
         machine="real",
@@ -361,7 +364,8 @@ def findings(counts: _Counts) -> list[str]:
             shown = main_objects(rounds)
             lines.append(f"{name}, {processors} proc.: {len(shown)} objects for 80% of {total:.0f} accesses")
         else:
-            first, share = next(iter(medians)), 100 * next(iter(medians.values())) / total
+            first = next(iter(medians))
+            share = statistics.median(_shares(first, rounds))
             lines.append(f"{name}, {processors} proc.: of {total:.0f} objects {share:.1f}% {first}")
     return lines
 
