@@ -109,8 +109,8 @@ def experiment(
         str,
         typer.Argument(
             metavar="NAME",
-            help="One of: attach, counter, faults, grep, memclone, memclone-shared, objects, paging, remote, "
-            "structures.",
+            help="One of: attach, counter, fault-rate, faults, grep, memclone, memclone-shared, objects, paging, "
+            "remote, structures, survival.",
         ),
     ],
     machine: Annotated[Machine, typer.Option(help="Where to run it.")] = Machine.real,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
@@ -88,6 +89,28 @@ def test_tiny_budgets(kernel_of, connect, folder, frames):
         for at in places:
             assert mapping[at] == content[at]
             assert frame_bytes(kernel.pid) <= frames * PAGE
+
+
+def test_a_budget_of_a_million_pages(kernels, connect, folder):
+    frames, group = 10**6, 2 << 20
+    if os.sysconf("SC_AVPHYS_PAGES") < 2 * frames:
+        pytest.skip("this machine has not the memory for it")
+    kernel = kernels(frames * PAGE)
+    path = folder / "file"
+    size = frames * PAGE // group * group * 5 // 4
+    with path.open("wb") as file:
+        file.truncate(size)  # holes, but for a byte in each two megabytes
+        for number in range(size // group):
+            file.seek(number * group + number)
+            file.write(bytes([number % 255 + 1]))
+    client = connect(kernel)
+    with client.open(path, page_size=group) as mapping:
+        for number in range(size // group):
+            assert mapping[number * group + number] == number % 255 + 1
+        usage = client.stat()["frames"]
+        assert frames * 3 // 4 < usage["file"] <= frames == usage["budget"]
+        assert frame_bytes(kernel.pid) <= frames * PAGE
+        assert file_counts(client, path)["evicted"] >= frames // 8
 
 
 def test_a_budget_that_is_no_whole_number_of_pages(kernels, connect, folder):

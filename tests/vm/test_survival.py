@@ -10,29 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from vm_support import PAGE, Raw, frame_bytes, has_ended, until, words
+from vm_support import PAGE, Raw, frame_bytes, until, words
 
 from k42 import vm
+from k42.experiments import survival
+from k42.experiments.survival import has_ended, kernel_of, kill
 
 ROUNDS = int(os.environ.get("K42_KILL_ROUNDS", "24"))
 """How often the kernel is killed in the tests that kill at random; more by this variable."""
-
-
-def kernel_of(supervisor: vm.KernelProcess) -> int:
-    """The kernel's process at this moment, if need be the next."""
-
-    def child() -> int:
-        children = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()
-        return int(children[0]) if children and not has_ended(int(children[0])) else 0
-
-    return until(child, "there is a kernel")
-
-
-def kill(supervisor: vm.KernelProcess) -> None:
-    """kill -9 of the kernel; returns when it is dead."""
-    pid = kernel_of(supervisor)
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: has_ended(pid), "it is dead")
 
 
 @pytest.fixture
@@ -41,138 +26,16 @@ def supervised(kernels):
     return lambda budget=64 << 20, **options: kernels(budget, supervise=True, **options)
 
 
-# Each thread has a part of the file, and of anonymous memory, in which it alone writes, and knows what it wrote. What a
-# flush has returned for must be in the file; what it has not may be, too, but not older than that.
-WORK = """
-    import random, struct, time
-    socket, path, other, seed = sys.argv[1:]
-    PAGES, THREADS = 96, 2  # for each thread
-    client = vm.connect(socket, grace=30)
-    descriptor = os.open(path, os.O_RDONLY)
-    wanted = open(other, "rb").read()
-    shared = client.open(path, "r+")
-    memory = client.anonymous(THREADS * PAGES * 4096, overcommit=True)
-    reserved = client.anonymous(THREADS * 4096)
-    counts = dict.fromkeys(("writes", "reads", "flushes", "maps"), 0)
-    stop = threading.Event()
-    def wrong(*what):
-        os.write(1, f"WRONG {what}\\n".encode())
-        os._exit(1)
-    def value(me, page, generation):
-        return struct.pack("<QQ", me << 48 | page << 32 | generation, 0xfeed) * 256
-    def work(me):
-        chosen = random.Random(f"{seed} {me}")
-        start = me * PAGES
-        views = memoryview(shared), memoryview(memory)
-        known = [[0] * PAGES, [0] * PAGES]  # generation by page
-        def check(which, page):
-            generation = known[which][page]
-            at = (start + page) * 4096
-            found = bytes(views[which][at : at + 4096])
-            if found != (value(me, page, generation) if generation else bytes(4096)):
-                wrong("shared memory".split()[which], me, page, generation, found[:32])
-            counts["reads"] += 1
-        generation = 0
-        while not stop.is_set():
-            what = chosen.random()
-            page = chosen.randrange(PAGES)
-            which = chosen.randrange(2)
-            if what < 0.45:
-                generation += 1
-                at = (start + page) * 4096
-                views[which][at : at + 4096] = value(me, page, generation)
-                known[which][page] = generation
-                counts["writes"] += 1
-            elif what < 0.9:
-                check(which, page)
-            elif what < 0.94:
-                count = chosen.randrange(1, 9)
-                page = min(page, PAGES - count)
-                shared.flush((start + page) * 4096, count * 4096)
-                for each in range(page, page + count):
-                    stored = os.pread(descriptor, 4096, (start + each) * 4096)
-                    generation_then = known[0][each]
-                    if stored != (value(me, each, generation_then) if generation_then else bytes(4096)):
-                        wrong("file", me, each, generation_then, stored[:32])
-                counts["flushes"] += 1
-            elif what < 0.97:
-                page = chosen.randrange(len(wanted) // 4096 - 4)
-                with client.open(other, offset=page * 4096, length=4 * 4096) as mapping:
-                    if bytes(mapping) != wanted[page * 4096 : (page + 4) * 4096]:
-                        wrong("read-only", page)
-                counts["maps"] += 1
-            else:
-                with client.anonymous(4096) as fresh:
-                    if bytes(fresh) != bytes(4096):
-                        wrong("fresh")
-                    fresh[:5] = b"fresh"
-                    if fresh[:6] != b"fresh\\0":
-                        wrong("fresh again")
-                counts["maps"] += 1
-            if which == 0 and reserved[me * 4096] != me + 1:
-                wrong("reserved")
-        for page in range(PAGES):
-            check(0, page), check(1, page)
-        for view in views:
-            view.release()
-        final[me] = known[0]
-    for me in range(THREADS):
-        reserved[me * 4096] = me + 1
-    final = {}
-    threads = [threading.Thread(target=work, args=(me,)) for me in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    say("working")
-    signal.alarm(0)
-    sys.stdin.readline()
-    stop.set()
-    for thread in threads:
-        thread.join()
-    shared.flush()
-    stored = open(path, "rb").read()
-    for me, known in final.items():
-        for page, generation in enumerate(known):
-            at = (me * PAGES + page) * 4096
-            if stored[at : at + 4096] != (value(me, page, generation) if generation else bytes(4096)):
-                wrong("the file at the end", me, page, generation)
-    for mapping in (shared, memory, reserved):
-        mapping.close()
-    client.close()
-    say(min(counts.values()) > 0, counts)
-    """
-
-
 @pytest.mark.timeout(120 + 5 * ROUNDS)
 @pytest.mark.parametrize("budget", [256, 48], ids=lambda pages: f"{pages} pages")
-def test_killed_at_random_while_clients_read_and_write(supervised, script, folder, budget):
+def test_killed_at_random_while_clients_read_and_write(folder, budget):
     if ROUNDS > 100:
         faulthandler.cancel_dump_traceback_later()  # whoever asks for so many has the time
-    kernel = supervised(budget * PAGE)
-    other = folder / "other"
-    other.write_bytes(words(100 * PAGE))
-    seed = random.randrange(1 << 32)
-    chosen = random.Random(seed)
-    clients = []
-    for n in range(2):
-        path = folder / f"file{n}"
-        path.write_bytes(bytes(2 * 96 * PAGE))
-        clients.append(script(WORK, kernel.socket, path, other, f"{seed} {n}"))
-    for client in clients:
-        assert client.line() == "working"
-    with vm.connect(kernel.socket, grace=60) as watcher:
-        for round_ in range(ROUNDS // 2):
-            time.sleep(chosen.random() * 0.4)
-            if chosen.random() < 0.8:
-                watcher.stat()  # it serves: else it may be just taking over
-            kill(kernel)
-            assert all(client.process.poll() is None for client in clients), (seed, round_)
-        assert watcher.stat()["deaths"] == ROUNDS // 2
-    for client in clients:
-        client.tell()
-    for client in clients:
-        last = client.rest()
-        assert client.finish() == 0, (seed, last, client.stderr())
-        assert "WRONG" not in last, (seed, last)
+    with survival.Survivors(folder, budget * PAGE, random.randrange(1 << 32)) as survivors:
+        for _ in range(ROUNDS // 2):
+            survivors.kill()
+        assert survivors.deaths() == ROUNDS // 2
+        assert min(survivors.finish().values()) > 0
 
 
 def test_a_fault_that_waits_is_served_by_the_next(supervised, script, folder):
@@ -187,10 +50,10 @@ def test_a_fault_that_waits_is_served_by_the_next(supervised, script, folder):
         """
     reader = script(code, kernel.socket, path)
     assert reader.line() == "1"
-    os.kill(kernel_of(kernel), signal.SIGSTOP)
+    os.kill(kernel_of(kernel.pid), signal.SIGSTOP)
     reader.tell()
     time.sleep(0.2)  # by now it waits; and if not, the test says as much of less
-    kill(kernel)
+    kill(kernel.pid)
     assert reader.line() == "True"
     assert reader.finish() == 0
 
@@ -208,7 +71,7 @@ def test_an_end_that_comes_with_a_death_loses_nothing(supervised, script, folder
         """
     writer = script(code, kernel.socket, path)
     assert writer.line() == "written"
-    served = kernel_of(kernel)
+    served = kernel_of(kernel.pid)
     os.kill(kernel.pid, signal.SIGSTOP)
     os.kill(served, signal.SIGKILL)
     until(lambda: has_ended(served), "it is dead")
@@ -230,7 +93,7 @@ def test_what_is_dirty_and_not_flushed_survives(supervised, script, folder):
             mapping[page * PAGE : page * PAGE + 4] = page.to_bytes(4, "little")
             memory[page * PAGE : page * PAGE + 4] = page.to_bytes(4, "little")
         before = client.stat()
-        kill(kernel)
+        kill(kernel.pid)
         after = client.stat()
         assert after["deaths"] == 1
         assert after["pid"] == client.kernel_pid != before["pid"]
@@ -281,10 +144,10 @@ def test_requests_that_are_cut_off_are_made_again(supervised, script, folder):
     for what, answer in {
         "map": "7", "open": "first", "flush": "other", "resize": "100 0", "prefetch": "there", "connect": "0",
     }.items():  # fmt: skip
-        os.kill(kernel_of(kernel), signal.SIGSTOP)
+        os.kill(kernel_of(kernel.pid), signal.SIGSTOP)
         client.tell(what)
         time.sleep(0.1)
-        kill(kernel)
+        kill(kernel.pid)
         assert client.line() == answer
         client.tell(what)  # and it goes on
         assert client.line() == answer
@@ -313,7 +176,7 @@ def test_the_end_of_the_supervisor_ends_the_kernel(supervised, kernels, folder):
     kernel = supervised(1 << 20)
     path = folder / "file"
     path.write_bytes(bytes(4 * PAGE))
-    pid = kernel_of(kernel)
+    pid = kernel_of(kernel.pid)
     with vm.connect(kernel.socket, grace=0.1) as client:
         mapping = client.open(path, "r+")
         mapping[:4] = b"last"
@@ -329,7 +192,7 @@ def test_the_end_of_the_supervisor_ends_the_kernel(supervised, kernels, folder):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_to_the_supervisor_end_the_kernel_cleanly(supervised, number):
     kernel = supervised(1 << 20)
-    pid = kernel_of(kernel)
+    pid = kernel_of(kernel.pid)
     os.kill(kernel.pid, number)
     assert kernel._process.wait(60) == 0
     assert has_ended(pid)
@@ -389,16 +252,16 @@ def test_clients_that_die_meanwhile_are_cleaned_up(supervised, script, folder):
         for _ in range(4):
             client = script(code, kernel.socket, path)
             client.line()
-            os.kill(kernel_of(kernel), signal.SIGSTOP)
+            os.kill(kernel_of(kernel.pid), signal.SIGSTOP)
             client.process.kill()
             client.finish()
-            kill(kernel)
+            kill(kernel.pid)
             stat = until(lambda: len((found := watcher.stat())["clients"]) == 1 and found, "it is gone")
             assert stat["frames"]["reserved"] == 0
             assert stat["frames"]["promised_anonymous"] == nothing
             until(lambda: path.read_bytes()[:4] == b"mine", "what it wrote is written")
             path.write_bytes(words(64 * PAGE))
-        assert frame_bytes(kernel_of(kernel)) <= 4 << 20
+        assert frame_bytes(kernel_of(kernel.pid)) <= 4 << 20
 
 
 def test_clients_killed_at_any_instant_cost_nothing(shared_kernel, script, folder):
@@ -464,7 +327,7 @@ def test_a_take_over_with_a_client_that_reads_nothing(supervised, folder):
     with Raw(kernel.socket) as raw, vm.connect(kernel.socket) as client:
         assert raw.ask({"op": "hello", "version": 2})["supervised"]
         for _ in range(3):
-            kill(kernel)
+            kill(kernel.pid)
             with client.anonymous(PAGE) as memory:
                 assert memory[0] == 0
 
@@ -481,7 +344,7 @@ def test_a_snapshot_has_what_it_had_or_an_error_but_no_wrong_byte(supervised, co
     mine[:PAGE] = words(PAGE, 2)  # the snapshot is given the page
     snapshot[PAGE : 2 * PAGE] = words(PAGE, 3)
     assert bytes(snapshot[2 * PAGE : 3 * PAGE]) == before[2 * PAGE : 3 * PAGE]
-    kill(supervisor)
+    kill(supervisor.pid)
     mine[: 4 * PAGE] = words(4 * PAGE, 4)
     assert bytes(mine) == words(4 * PAGE, 4) + before[4 * PAGE :]
     assert bytes(snapshot[:PAGE]) == before[:PAGE]

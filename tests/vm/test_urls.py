@@ -232,6 +232,35 @@ def test_processes_that_touch_one_page_make_one_request(kernels, connect, script
         assert len(server.requests) == opened + 4 + 1  # each asks at open whether it is still the same
 
 
+def test_a_process_that_is_killed_while_its_page_is_to_be_read(kernels, connect, script, server):
+    kernel, url = kernels(), server.url("/a")
+    client = connect(kernel)
+    with client.open(url, storage_options={"k42": {"concurrency": 1}}) as mapping:
+        held = threading.Event()
+        server.always = lambda *_: held.wait(30) and False
+        code = """
+            client = vm.connect(sys.argv[1])
+            mapping = client.open(sys.argv[2], storage_options={"k42": {"concurrency": 1}})
+            say("open")
+            page = int(sys.stdin.readline())
+            say(mapping[page * 4096])
+            """
+        first, killed, another = [script(code, kernel.socket, url) for _ in range(3)]
+        for reader in (first, killed, another):
+            assert reader.line() == "open"
+        first.tell("0")
+        until(lambda: len(ranges(server)) >= 1, "the server is asked for one")
+        killed.tell("300")
+        until(lambda: counts(client, url)["io_queued_urgent"] >= 1, "another waits for its turn")
+        another.tell("300")
+        until(lambda: mapping.stats()["queued"] >= 1, "and somebody else for that page")
+        killed.process.kill()
+        until(lambda: len(client.stat()["clients"]) == 3, "it is gone")
+        held.set()
+        assert int(first.line()) == CONTENT[0]
+        assert int(another.line()) == CONTENT[300 * PAGE]
+
+
 def test_processes_that_read_it_whole_fetch_each_byte_once(kernels, script, server):
     kernel, url = kernels(), server.url("/a")
     code = """

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from k42.experiments import (
     attach,
     counter,
+    fault_rate,
     faults,
     grep,
     memclone,
@@ -19,6 +20,7 @@ from k42.experiments import (
     paging,
     remote,
     structures,
+    survival,
 )
 from k42.experiments._runner import Options, Report
 
@@ -27,6 +29,7 @@ __all__ = ["EXPERIMENTS", "Options", "Report"]
 EXPERIMENTS: dict[str, Callable[[Options], Report]] = {
     "attach": attach.run,
     "counter": counter.run,
+    "fault-rate": fault_rate.run,
     "faults": faults.run,
     "grep": grep.run,
     "memclone": memclone.run,
@@ -35,4 +38,5 @@ EXPERIMENTS: dict[str, Callable[[Options], Report]] = {
     "paging": paging.run,
     "remote": remote.run,
     "structures": structures.run,
+    "survival": survival.run,
 }

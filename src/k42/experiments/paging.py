@@ -29,8 +29,7 @@ from typing import Any
 
 from k42.errors import Error
 from k42.experiments._cgroup import limited
-from k42.experiments._paging import PAGE
-from k42.experiments._record import Case, Samples
+from k42.experiments._record import PAGE, Case, Samples
 from k42.experiments._runner import Options, Report, interleave
 
 BUDGET = 128 * 2**20  # bytes: of the kernel

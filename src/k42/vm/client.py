@@ -341,7 +341,9 @@ class Client:
         size = int(self._long_request({"op": "url_size", "url": url, "mode": mode, "options": options})["size"])
         return self._map(request | {"name": url}, -1, offset, _length(offset, length, size), group, mode)
 
-    def anonymous(self, nbytes: int, page_size: int | None = None, overcommit: bool = False) -> Mapping:
+    def anonymous(
+        self, nbytes: int, page_size: int | None = None, overcommit: bool = False, fault_around: int | None = None
+    ) -> Mapping:
         """Maps anonymous memory: zeros until written.
 
         Args:
@@ -349,18 +351,19 @@ class Client:
             page_size: bytes that one fault brings in, a power of two from 4096 to 2 MiB; None: 4096.
             overcommit: do not reserve the memory in the kernel's budget now. It costs next to nothing until
                 touched; a touch that finds no frame ends in SIGBUS.
+            fault_around: see `open`.
 
         Returns:
             A writable mapping.
 
         Raises:
-            ValueError: a size below one byte, a bad page size.
+            ValueError: a size below one byte, a bad page size or fault_around.
             OutOfFrames: it does not fit the kernel's budget.
             KernelUnavailable: the kernel is gone.
         """
         if nbytes < 1:
             raise ValueError(f"anonymous memory has at least one byte, not {nbytes}")
-        request = {"kind": "anonymous", "overcommit": bool(overcommit)}
+        request = {"kind": "anonymous", "overcommit": bool(overcommit)} | _around(fault_around)
         return self._map(request, -1, 0, nbytes, _group(page_size), "anonymous")
 
     def _map(self, request: Message, file: int, offset: int, length: int, group: int, mode: Mode) -> Mapping:
@@ -760,6 +763,8 @@ def open(
     return _by_default(lambda client: client.open(path, mode, offset, length, page_size, storage_options, fault_around))
 
 
-def anonymous(nbytes: int, page_size: int | None = None, overcommit: bool = False) -> Mapping:
+def anonymous(
+    nbytes: int, page_size: int | None = None, overcommit: bool = False, fault_around: int | None = None
+) -> Mapping:
     """Maps anonymous memory through the user's own kernel; see `Client.anonymous`."""
-    return _by_default(lambda client: client.anonymous(nbytes, page_size, overcommit))
+    return _by_default(lambda client: client.anonymous(nbytes, page_size, overcommit, fault_around))

@@ -439,10 +439,10 @@ class SharedFCM(FileCacheManager):
             root.fr.fill(root.cache.memfd(), first, count)
         except BaseException as error:
             root.cache.abort_io(first, count)  # before the release: what was filled already still takes frames
-            pm.release(frames, root.backing)
+            root.global_pm.release(frames, root.backing)  # not by `pm`, which goes with its process at any time
             if not isinstance(error, Exception):
                 raise
-            if not isinstance(error, StoreError | OutOfFrames):
+            if not isinstance(error, StoreError | OutOfFrames | k42.Destroyed):
                 log.exception("pages %d to %d of %s", first, first + count, root.fr.name())
                 error = StoreError(f"the kernel failed: {type(error).__name__}: {error}")
             failed(error)

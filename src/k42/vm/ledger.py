@@ -9,7 +9,6 @@ bytes in what the record is about. So whatever a client relies on, the next kern
 from __future__ import annotations
 
 import errno
-import json
 import os
 import socket
 import threading
@@ -60,9 +59,10 @@ class Ledger:
         """
         if self._connection is None:
             return
-        if len(json.dumps(value)) > supervisor.MAX_RECORD - 1000:
-            raise ProtocolError("a name too long")
-        self._send({"key": key, "value": value}, tuple(descriptors))
+        try:
+            self._send({"key": key, "value": value}, tuple(descriptors))
+        except OverflowError as error:
+            raise ProtocolError("a name too long") from error
 
     def end(self, key: str) -> None:
         """Has it forget this."""

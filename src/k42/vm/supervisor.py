@@ -78,10 +78,17 @@ class Records:
 
 
 def send(connection: socket.socket, message: object, descriptors: Iterable[int] = ()) -> None:
-    """Sends one message, with descriptors; waits for room."""
+    """Sends one message, with descriptors; waits for room.
+
+    Raises:
+        OverflowError: it is too long.
+    """
+    data = json.dumps(message).encode()
+    if len(data) > MAX_RECORD:
+        raise OverflowError
     rights = array.array("i", descriptors)
     control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
-    connection.sendmsg([json.dumps(message).encode()], control)
+    connection.sendmsg([data], control)
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
