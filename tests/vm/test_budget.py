@@ -259,8 +259,8 @@ def test_a_tebibyte_costs_nothing_until_touched(kernels, connect):
 
 @pytest.mark.parametrize("kind", ["anonymous", "file"])
 def test_a_resident_page_costs_48_bytes(kernels, connect, folder, kind):
-    pages = 50_000  # so many that what else the kernel comes to need is not seen
-    kernel = kernels(256 << 20)
+    pages = 200_000  # so many that what else the kernel comes to need is hardly seen
+    kernel = kernels(1 << 30)
     client = connect(kernel)
     path = folder / "file"
     with path.open("wb") as sparse:
@@ -275,7 +275,7 @@ def test_a_resident_page_costs_48_bytes(kernels, connect, folder, kind):
     assert counts["descriptors"] == pages + 2000
     # With buckets that are set aside, and are no memory before they are used.
     assert counts["table_bytes"] <= 56 * counts["descriptors"]
-    assert grown <= 48 * pages
+    assert grown <= 48 * pages + (1 << 20)  # which Python has for its threads, where each has a heap of its own
     mapping.close()
 
 
