@@ -299,7 +299,9 @@ def test_clients_come_and_go(kernels, connect, path):
         until(lambda: len(client.stat()["clients"]) == 1, "all have gone")
         # (A client's objects end once each processor that used them has passed; that may be at the next request.)
         until(
-            lambda: client.stat()
-            and descriptors_of(kernel.pid).count("anon_inode:[userfaultfd]") <= len(os.sched_getaffinity(0)),
+            lambda: (
+                client.stat()
+                and descriptors_of(kernel.pid).count("anon_inode:[userfaultfd]") <= len(os.sched_getaffinity(0))
+            ),
             "and what they gave the kernel, too",
         )

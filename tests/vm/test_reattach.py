@@ -238,6 +238,30 @@ say(in_child(child))
     assert "ForkWarning: in this forked child the mappings are not there: no kernel listens" in process.stderr()
 
 
+def test_a_warning_that_is_an_error_leaves_no_client_with_the_parents_connection(kernels, shared_kernel, script, path):
+    kernel = kernels()
+    code = """
+warnings.simplefilter("error", vm.ForkWarning)
+clients = [vm.connect(more[0]) for _ in range(3)] + [vm.connect(socket, fork="reattach")]
+clients += [vm.connect(more[0]) for _ in range(3)]
+say("ready")
+sys.stdin.readline()
+def child():
+    for client in clients:
+        try:
+            client.stat()
+        except vm.KernelUnavailable as error:
+            say(error)
+say(in_child(child))
+"""
+    process = script(IN_CHILD + code, kernel.socket, path, shared_kernel.socket, options=FORKING)
+    assert process.line() == "ready"
+    kernels.kill(kernel)
+    process.tell()
+    assert [process.line() for _ in range(8)] == ["this client is closed"] * 7 + ["0"]
+    process.good()
+
+
 def test_a_thread_that_forks_within_a_call_does_not_wait_for_itself(parent):
     code = """
 import k42.vm.client

@@ -498,36 +498,28 @@ class Client:
             busy.release()
         return None
 
-    def _after_fork(self, *, settled: bool) -> None:
-        """In a forked child: the parent's connection, mappings and userfaultfds are the parent's.
-
-        Args:
-            settled: no mapping was in the midst of a change; else nothing is attached again.
-        """
+    def _after_fork(self) -> list[Mapping]:
+        """In a forked child: what the parent has is the parent's alone. The mappings that it had."""
         self._lock = threading.Lock()
-        mappings, closed = list(self._mappings), self._closing
+        mappings = list(self._mappings)
         self._closing = self._closed = True
         self._mappings = weakref.WeakSet()
         self._connection.close()
         self._channels.forget()
         self._guard.forget()
-        if self._fork is None or closed:
-            return
-        if not settled:
-            _warn("another thread was changing mappings, so that none is there")
-            return
-        try:
-            self._reattach(mappings)
-        except (k42.Error, OSError) as error:
-            _warn(f"the mappings are not there: {error}")
+        return mappings
 
     def _reattach(self, mappings: list[Mapping]) -> None:
-        """In a forked child: connects anew, and opens what was mapped from stores again, at the same addresses."""
+        """Then, if wanted: connects anew, and opens what was mapped from stores again, at the same addresses."""
         self._uffds.clear()  # closed by the guard
         self._handed_over.clear()
         self._garbage.clear()
         self.lost = False
-        self._begin(_dial(self._path))
+        try:
+            self._begin(_dial(self._path))
+        except (k42.Error, OSError) as error:
+            _warn(f"the mappings are not there: {error}")
+            return
         self._closing = self._closed = False
         for mapping in mappings:
             # Anonymous memory and private copies would have to be as they were at the fork, and the parent goes on
@@ -737,10 +729,15 @@ def _after_fork_in_child() -> None:
     global _default, _default_lock
     _default_lock = threading.Lock()
     _default = None
-    settled = list(_held.locks)
+    settled = set(_held.locks)
     _held.locks.clear()
-    for client in list(_clients):
-        client._after_fork(settled=client in settled)
+    # First all of them: a warning may be an error here.
+    wanted = [(client, client._fork and not client._closing, client._after_fork()) for client in list(_clients)]
+    for client, reattach, mappings in wanted:
+        if reattach and client in settled:
+            client._reattach(mappings)
+        elif reattach:
+            _warn("another thread was changing mappings, so that none is there")
 
 
 def _warn(what: str) -> None:
