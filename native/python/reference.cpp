@@ -21,6 +21,7 @@ namespace {
 PyObject* error = nullptr;            // k42.errors.Error
 PyObject* destroyed_error = nullptr;  // k42.errors.Destroyed
 PyTypeObject* uninstalled_type = nullptr;
+PyObject* watcher = nullptr;  // see watch(); set before there is anything to watch, and never changed while there is
 
 // Representatives that were returned without being installed: theirs until the request ends that uses them.
 thread_local std::vector<PyObject*> passing;
@@ -200,11 +201,18 @@ PyObject* create_reference(PyObject*, PyObject* args) {
         return PyErr_NoMemory();
     }
     cast(o)->anchor = anchor;
+    if (watcher) [[unlikely]] {
+        if (!Ref::steal(PyObject_CallMethod(watcher, "created", "O", o))) {
+            Py_DECREF(o);
+            return nullptr;
+        }
+    }
     return o;
 }
 
 PyObject* destroy_reference(PyObject*, PyObject* o) {
     if (!check_reference(o, "destroy")) return nullptr;
+    if (watcher && !Ref::steal(PyObject_CallMethod(watcher, "ending", "O", o))) return nullptr;
     Ref suspended;
     {
         Request request;
@@ -271,7 +279,16 @@ PyObject* class_of(PyObject*, PyObject* args) {
     return class_now(o, otherwise).release();
 }
 
+PyObject* watch(PyObject*, PyObject* o) {
+    Py_XSETREF(watcher, o == Py_None ? nullptr : Py_NewRef(o));
+    Py_RETURN_NONE;
+}
+
 PyMethodDef functions[] = {
+    {"watch", watch, METH_O,
+     PyDoc_STR("watch(watcher): from now on watcher.created(reference) is called when an object is made, before its\n"
+               "root's __init__, and watcher.ending(reference) before it is destroyed; None: nobody. To be set while\n"
+               "no other thread makes or destroys objects.")},
     {"arbitration_of", arbitration_of, METH_O,
      PyDoc_STR("arbitration_of(reference) -> the handler that `arbitrate` was given, or None")},
     {"class_of", class_of, METH_VARARGS,

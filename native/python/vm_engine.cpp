@@ -159,6 +159,17 @@ PyObject* counts(PyObject* self, PyObject*) {
                          "kept", c.kept, "local", c.local, "remote", c.remote, "rehomed", c.rehomed);
 }
 
+PyObject* processors(PyObject* self, PyObject*) {
+    const vm::Engine& engine = engine_of(self);
+    Ref list = Ref::steal(PyList_New(0));
+    for (size_t cpu = 0; list && cpu < engine.cpus().size(); ++cpu) {
+        const runtime::Processor* processor = engine.processor(int(cpu));
+        Ref id = processor ? Ref::steal(PyLong_FromUnsignedLong(processor->id)) : Ref::borrow(Py_None);
+        if (!id || PyList_Append(list.get(), id.get()) < 0) return nullptr;
+    }
+    return list.release();
+}
+
 PyMethodDef methods[] = {
     {"start", start, METH_NOARGS, "Start one server thread a CPU."},
     {"keep_records", fast(keep_records), METH_FASTCALL,
@@ -173,6 +184,8 @@ PyMethodDef methods[] = {
      "handle(hat, cpu, address, write): resolve one fault here; False: it is Python's."},
     {"next", fast(next), METH_FASTCALL,
      "next(cpu): wait for a fault handed up: (id of the HAT, cpu, window address, canonical address, write), or None."},
+    {"processors", processors, METH_NOARGS,
+     "The processors of the server threads, by index of the CPU; None for one that does not run yet."},
     {"counts", counts, METH_NOARGS,
      "Faults read, finished natively, handed up; bursts kept on a CPU; faults by where their threads belong; moves."},
     {nullptr, nullptr, 0, nullptr},

@@ -108,6 +108,10 @@ PyObject* distribute(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     return change("distribute", args, nargs, [&](bool is) { pool_of(self).distribute(is); });
 }
 PyObject* distributed(PyObject* self, PyObject*) { return PyBool_FromLong(pool_of(self).distributed()); }
+PyObject* uses_by(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    const runtime::Processor* processor = processor_of("uses_by", args, nargs);
+    return processor ? PyLong_FromUnsignedLongLong(pool_of(self).uses_by(*processor)) : nullptr;
+}
 PyObject* traffic(PyObject* self, PyObject*) { return to_python(pool_of(self).traffic()); }
 
 PyObject* uncharge_number(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
@@ -236,6 +240,8 @@ PyMethodDef methods[] = {
     {"check", check, METH_NOARGS, "Whether all frames, promises and accounts add up, at one moment."},
     {"distribute", fast(distribute), METH_FASTCALL, "distribute(distributed): a stock a processor, or one lock."},
     {"distributed", distributed, METH_NOARGS, "Whether each processor has a stock."},
+    {"uses_by", fast(uses_by), METH_FASTCALL,
+     "uses_by(processor): how often it took frames while the pool was distributed."},
     {"traffic", traffic, METH_NOARGS,
      "(distributed, uses, moves): how often each processor used it, or all did, and moves between them."},
     {"uncharge", fast(uncharge_number), METH_FASTCALL, "uncharge(number, frames): give back what an account has."},

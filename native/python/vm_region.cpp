@@ -127,12 +127,20 @@ PyObject* distribute(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     return change("distribute", args, nargs, [&](bool is) { region_of(self).gate.distribute(is); });
 }
 PyObject* distributed(PyObject* self, PyObject*) { return PyBool_FromLong(region_of(self).gate.distributed()); }
+PyObject* region_uses_by(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    const runtime::Processor* processor = processor_of("uses_by", args, nargs);
+    return processor ? PyLong_FromUnsignedLongLong(region_of(self).gate.uses_by(*processor)) : nullptr;
+}
 PyObject* region_traffic(PyObject* self, PyObject*) { return to_python(region_of(self).gate.traffic()); }
 
 PyObject* replicate(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     return change("replicate", args, nargs, [&](bool is) { SelfMap::of(self).map.replicate(is); });
 }
 PyObject* replicated(PyObject* self, PyObject*) { return PyBool_FromLong(SelfMap::of(self).map.replicated()); }
+PyObject* map_uses_by(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    const runtime::Processor* processor = processor_of("uses_by", args, nargs);
+    return processor ? PyLong_FromUnsignedLongLong(SelfMap::of(self).map.uses_by(*processor)) : nullptr;
+}
 PyObject* map_traffic(PyObject* self, PyObject*) { return to_python(SelfMap::of(self).map.traffic()); }
 
 PyMethodDef region_methods[] = {
@@ -147,6 +155,8 @@ PyMethodDef region_methods[] = {
     {"distribute", fast(distribute), METH_FASTCALL,
      "distribute(distributed): count the requests by processor, or in one word; waits for those inside."},
     {"distributed", distributed, METH_NOARGS, "Whether they are counted by processor."},
+    {"uses_by", fast(region_uses_by), METH_FASTCALL,
+     "uses_by(processor): how often it entered, since the gate was distributed."},
     {"traffic", region_traffic, METH_NOARGS,
      "(distributed, uses, moves): how often each processor used the gate, or all did, and moves between them."},
     {"group_of", fast(group_of), METH_FASTCALL, "group_of(address): (page, first page of its group, pages in it)."},
@@ -158,6 +168,8 @@ PyMethodDef map_methods[] = {
     {"remove", fast(remove), METH_FASTCALL, "remove(start): False when there is none."},
     {"replicate", fast(replicate), METH_FASTCALL, "replicate(replicated): a copy for each processor, or one map."},
     {"replicated", replicated, METH_NOARGS, "Whether there is a copy for each processor."},
+    {"uses_by", fast(map_uses_by), METH_FASTCALL,
+     "uses_by(processor): how often it looked up, since the map was replicated."},
     {"traffic", map_traffic, METH_NOARGS,
      "(replicated, uses, moves): how often each processor looked up, or all did, and moves between them."},
     {nullptr, nullptr, 0, nullptr},

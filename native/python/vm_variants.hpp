@@ -18,6 +18,15 @@ inline PyObject* to_python(const Traffic& traffic) {
     return Py_BuildValue("(OOK)", traffic.distributed ? Py_True : Py_False, uses.get(), traffic.moves);
 }
 
+// The processor whose number a caller gives; nullptr with an exception set where there is none.
+inline const runtime::Processor* processor_of(const char* name, PyObject* const* args, Py_ssize_t nargs) {
+    uint32_t id;
+    if (!unpack(name, args, nargs, id)) return nullptr;
+    if (id < runtime::processor_count()) return &runtime::processor(id);
+    PyErr_SetString(PyExc_ValueError, "no such processor");
+    return nullptr;
+}
+
 // Changes the implementation of what is in `self`; waits for those inside.
 template <class Change>
 PyObject* change(const char* name, PyObject* const* args, Py_ssize_t nargs, Change&& to) {

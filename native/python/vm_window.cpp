@@ -146,7 +146,7 @@ struct WindowValue {
         use.store(kShown, std::memory_order_release);
         return true;
     }
-    void lead_nowhere() {
+    void lead_nowhere() const {
         const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
         mmap(reinterpret_cast<void*>(base.load()), size, PROT_NONE, flags, -1, 0);
     }
@@ -157,7 +157,7 @@ struct WindowValue {
 
     std::atomic<uint64_t> base;  // 0 once freed
     uint64_t size;
-    const pid_t pid;
+    pid_t pid;  // whose it is; changes only in a forked child that has one thread, and shows it again
     // Whether it is shown, kAccess for each access of our own that is on its way, and kExport for each exported buffer,
     // in one word: of a thread that hides the window and one that begins to use it, exactly one succeeds.
     std::atomic<uint64_t> use{0};
@@ -194,24 +194,8 @@ void dealloc(PyObject* self) {
 
 constexpr uint32_t kRead = 0, kShared = 1, kPrivate = 2;  // what show() makes of a window, as Windows::Kind
 
-PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
-    int memfd, uffd;
-    uint64_t offset, delta, length, status;
-    uint32_t mode;
-    std::string name;
-    PyObject* guard = nullptr;
-    if (!unpack("show", args, nargs, memfd, offset, mode, delta, length, uffd, guard, name, status)) return nullptr;
-    WindowValue& window = window_of(self);
-    GuardValue* watcher = checked<GuardValue>(guard, guard_type);
-    if (!watcher) return nullptr;
-    if (!window.base || window.shown() || delta + length > window.size || delta + length < delta) {
-        PyErr_SetString(PyExc_ValueError, "the window is freed, is shown already, or is too small");
-        return nullptr;
-    }
-    if (mode > kPrivate) {
-        PyErr_SetString(PyExc_ValueError, "a window is for reading (0), shared (1) or a private copy (2)");
-        return nullptr;
-    }
+// Has the window show the frames at its addresses; false with an exception set, and it leads nowhere.
+bool map_window(const WindowValue& window, int memfd, uint64_t offset, uint32_t mode, int uffd) {
     // A reader's mapping is private: Linux refuses to register a shared one of a read-only descriptor, and even an
     // mprotect() would give it only copies.
     const int protection = mode == kRead ? PROT_READ : PROT_READ | PROT_WRITE;
@@ -230,16 +214,69 @@ PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     if (error) {
         window.lead_nowhere();
         errno = error;
-        return PyErr_SetFromErrno(PyExc_OSError);
+        PyErr_SetFromErrno(PyExc_OSError);
+        return false;
     }
-    watcher->guard.add_range({window.base, window.size, memfd, offset, vm::Windows::Kind(mode)});
+    return true;
+}
+
+// Lists it for those who serve it and who explain its errors.
+void list_window(WindowValue& window, int memfd, uint64_t offset, uint32_t mode, PyObject* guard,
+                 const std::string& name, uint64_t status) {
+    vm::Guard& watcher = SelfGuard::of(guard).guard;
+    watcher.add_range({window.base, window.size, memfd, offset, vm::Windows::Kind(mode)});
     window.guard = Ref::borrow(guard);
     window.record = vm::list_window(window.base, window.size, offset, name, reinterpret_cast<const void*>(status),
-                                    watcher->guard.abandoned());
+                                    watcher.abandoned());
+}
+
+PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    int memfd, uffd;
+    uint64_t offset, delta, length, status;
+    uint32_t mode;
+    std::string name;
+    PyObject* guard = nullptr;
+    if (!unpack("show", args, nargs, memfd, offset, mode, delta, length, uffd, guard, name, status)) return nullptr;
+    WindowValue& window = window_of(self);
+    if (!checked<GuardValue>(guard, guard_type)) return nullptr;
+    if (!window.base || window.shown() || delta + length > window.size || delta + length < delta) {
+        PyErr_SetString(PyExc_ValueError, "the window is freed, is shown already, or is too small");
+        return nullptr;
+    }
+    if (mode > kPrivate) {
+        PyErr_SetString(PyExc_ValueError, "a window is for reading (0), shared (1) or a private copy (2)");
+        return nullptr;
+    }
+    if (!map_window(window, memfd, offset, mode, uffd)) return nullptr;
+    list_window(window, memfd, offset, mode, guard, name, status);
     window.writable = mode != kRead;
     window.delta = delta;
     window.length = length;
     window.use.store(WindowValue::kShown, std::memory_order_release);
+    Py_RETURN_NONE;
+}
+
+// In a forked child, where nothing is at the addresses of the parent's window: it shows the frames there again, served
+// by a kernel that knows the child, and the buffers that the parent had exported are the child's, too.
+PyObject* show_again(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    int memfd, uffd;
+    uint64_t offset, status;
+    uint32_t mode;
+    std::string name;
+    PyObject* guard = nullptr;
+    if (!unpack("show_again", args, nargs, memfd, offset, mode, uffd, guard, name, status)) return nullptr;
+    WindowValue& window = window_of(self);
+    if (!checked<GuardValue>(guard, guard_type)) return nullptr;
+    if (window.pid == getpid() || !window.shown() || mode >= kPrivate) {
+        PyErr_SetString(PyExc_ValueError, "only what the parent has shown, and without copies, is shown again");
+        return nullptr;
+    }
+    if (!map_window(window, memfd, offset, mode, uffd)) return nullptr;
+    window.pid = getpid();
+    vm::unlist_window(window.record);
+    list_window(window, memfd, offset, mode, guard, name, status);
+    // Accesses that were on their way in the parent are of threads that the child does not have.
+    window.use.store(window.exports() * WindowValue::kExport | WindowValue::kShown, std::memory_order_release);
     Py_RETURN_NONE;
 }
 
@@ -370,6 +407,8 @@ PyMethodDef guard_methods[] = {
 PyMethodDef methods[] = {
     {"show", fast(show), METH_FASTCALL,
      "show(memfd, offset, mode, delta, length, uffd, guard, name, status): map the file cache here."},
+    {"show_again", fast(show_again), METH_FASTCALL,
+     "show_again(memfd, offset, mode, uffd, guard, name, status): in a forked child, what the parent has shown here."},
     {"hide", hide, METH_NOARGS, "Unmap; the addresses stay reserved. BufferError while buffers are exported."},
     {"exchange", fast(exchange), METH_FASTCALL,
      "exchange(window): change places with it. BufferError while buffers of either are exported."},

@@ -1,8 +1,9 @@
-"""The command `k42`: experiments, the kernel process, and a demo."""
+"""The command `k42`: experiments, the kernel process, compressed files, and a demo."""
 
 from __future__ import annotations
 
 import enum
+import errno
 import importlib.metadata
 import logging
 import os
@@ -108,8 +109,8 @@ def experiment(
         str,
         typer.Argument(
             metavar="NAME",
-            help="One of: attach, counter, fault-rate, faults, grep, memclone, memclone-shared, paging, remote, "
-            "structures, survival.",
+            help="One of: attach, counter, fault-rate, faults, grep, memclone, memclone-shared, objects, paging, "
+            "remote, structures, survival.",
         ),
     ],
     machine: Annotated[Machine, typer.Option(help="Where to run it.")] = Machine.real,
@@ -245,6 +246,58 @@ def serve(
         swap=swap,
         policy=policy,
     )
+
+
+@app.command()
+def compress(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What to compress; it stays as it is.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write.", show_default="FILE.zst")
+    ] = None,
+    level: Annotated[int, typer.Option(min=1, max=19, help="Of zstd, from fast to small.")] = 3,
+    group: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="What is compressed together, and later read together: whole pages of 4K, at most 64M.",
+        ),
+    ] = "128K",
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace what is at the output.")] = False,
+) -> None:
+    """Compress a file so that it can be mapped: `zstd+file:///path/FILE.zst`. `zstd -d` unpacks it, too."""
+    from rich.filesize import decimal
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from k42.vm.fr.compressed import MAX_GROUP
+    from k42.vm.fr.compressed import compress as write
+    from k42.vm.protocol import PAGE
+
+    if group % PAGE or group > MAX_GROUP * PAGE:
+        raise typer.BadParameter(f"whole pages of 4K, at most 64M, not {group} bytes", param_hint="--group")
+    target = output or file.with_name(f"{file.name}.zst")
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    try:
+        if target.exists() and (target.samefile(file) or not force):
+            # Now, not after minutes of work.
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+            task = progress.add_task(escape(file.name), total=file.stat().st_size)
+            read, written = write(
+                file,
+                target,
+                group=group // PAGE,
+                level=level,
+                overwrite=force,
+                progress=lambda count: progress.advance(task, count),
+            )
+    except FileExistsError as error:
+        cure = "choose another --output" if force else "--force replaces it, --output writes elsewhere"
+        raise Error(f"{target} is there already: {cure}") from error
+    except OSError as error:
+        raise error if isinstance(error, Error) else Error(f"{error.filename or file}: {error.strerror}") from error
+    Console().print(f"{escape(str(target))}: {decimal(read)} in {decimal(written)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -76,3 +76,19 @@ def test_numbers_and_sizes_are_short() -> None:
         "12346",
     ]
     assert [size(value) for value in (512, 4096, 65536, 3 * 2**19)] == ["512 B", "4 KiB", "64 KiB", "1.5 MiB"]
+
+
+def test_shares_are_shown_also_where_they_are_nothing(tmp_path: Path) -> None:
+    found = [
+        Record("objects", "real", f"benchmark/{name}", n, "share", "%", value, 5, 0.0, {"count": 9})
+        for name, value in (("used on one", 100.0), ("used on several", 0.0))
+        for n in (1, 2)
+    ]
+    rows = [line.split("│")[1:4] for line in shown(found).splitlines() if "│" in line]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["benchmark/used on one", "100 ± 0%", "100 ± 0%"],
+        ["benchmark/used on several", "0", "0"],
+    ]
+    pytest.importorskip("matplotlib")
+    plot(found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -168,6 +168,12 @@ class Quota {
         if (!distributed) gather(~Mask{0}, nullptr);
     }
 
+    // How often this processor took, since it was first distributed.
+    uint64_t uses_by(const runtime::Processor& processor) const {
+        const Part* part = parts_.find(processor);
+        return part ? part->uses.read() : 0;
+    }
+
     // Who uses it.
     Traffic traffic() const {
         if (!distributed()) return traffic_.read();

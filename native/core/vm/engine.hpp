@@ -68,6 +68,10 @@ class Engine {
     std::optional<HandedUp> next(int cpu);
 
     const std::vector<int>& cpus() const { return cpus_; }
+    // The processor of the server thread of this CPU; nullptr until it runs.
+    const runtime::Processor* processor(int cpu) const {
+        return servers_[cpu]->processor.load(std::memory_order_seq_cst);
+    }
     Counts counts() const;
 
   private:

@@ -160,6 +160,7 @@ class alignas(runtime::apart) FramePool {
     bool distributed() const { return quota_.distributed(); }
     // Changes the form; allocations go on.
     void distribute(bool distributed) { quota_.distribute(distributed); }
+    uint64_t uses_by(const runtime::Processor& processor) const { return quota_.uses_by(processor); }
     Traffic traffic() const { return quota_.traffic(); }
 
     Accounts& accounts() { return accounts_; }

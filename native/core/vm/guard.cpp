@@ -19,7 +19,8 @@ namespace k42::vm {
 namespace {
 
 std::atomic<WindowRecord*> windows{nullptr};
-std::mutex windows_lock;  // protects the list against writers; readers (the handler) take nothing
+// Protects the list against writers; readers (the handler) take nothing. A leaf, held over a fork.
+std::mutex windows_lock;
 // Whom our handlers found there. Never freed, only replaced: a handler may be reading.
 std::atomic<const struct sigaction*> previous_bus{nullptr};
 std::atomic<const struct sigaction*> previous_segv{nullptr};
@@ -56,7 +57,9 @@ void explain(int number, uint64_t address) {
         if (base == 0 || address - base >= w->length) continue;
         const char* reason = "the page could not be had";
         const FailureRecord* failure = StatusPage::find(w->status, address);
-        if (number == SIGSEGV) {
+        if (number == SIGSEGV && w->owner == getpid()) {
+            reason = "it is mapped for reading only";
+        } else if (number == SIGSEGV) {
             reason = "it belongs to the parent process: open it again in the forked child";
         } else if (w->abandoned->load(std::memory_order_relaxed)) {
             reason = "the kernel (k42 serve) that served it is gone and none took over";
@@ -142,7 +145,13 @@ void lead_bus_handlers() {
 WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, const std::string& name, const void* status,
                           const std::atomic<bool>* abandoned) {
     static std::once_flag once;
-    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, reserve_in_child); });
+    std::call_once(once, [] {
+        pthread_atfork([] { windows_lock.lock(); }, [] { windows_lock.unlock(); },
+                       [] {
+                           windows_lock.unlock();
+                           reserve_in_child();
+                       });
+    });
     lead_bus_handlers();
     std::lock_guard guard(windows_lock);
     WindowRecord* record = windows.load(std::memory_order_relaxed);
@@ -153,6 +162,7 @@ WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, const
     record->offset = offset;
     record->status = status;
     record->abandoned = abandoned;
+    record->owner = getpid();
     std::strncpy(record->name, name.c_str(), sizeof record->name - 1);
     record->base.store(base, std::memory_order_release);
     if (fresh) {

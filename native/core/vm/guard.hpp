@@ -25,6 +25,7 @@ struct WindowRecord {
     uint64_t offset = 0;                           // of the file, at `base`
     const void* status = nullptr;                  // the kernel's StatusPage, as mapped here
     const std::atomic<bool>* abandoned = nullptr;  // its connection's
+    pid_t owner = 0;                               // a forked child lists again what it has shown again
     char name[160] = {};
     WindowRecord* next = nullptr;
 };

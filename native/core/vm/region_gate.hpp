@@ -183,6 +183,14 @@ class alignas(runtime::apart) RegionGate {
         runtime::retire(old, [](void* gate) { alloc::destroy(static_cast<Gate*>(gate)); });
     }
 
+    // How often this processor used it, since it was distributed; 0 while uses are not counted by processor.
+    uint64_t uses_by(const runtime::Processor& processor) const {
+        const runtime::Within within;
+        const auto* distributed = std::get_if<Distributed>(&gate_.load(std::memory_order_acquire)->kind);
+        const Part* part = distributed ? distributed->parts.find(processor) : nullptr;
+        return part ? part->uses.read() : 0;
+    }
+
     // Who uses it, since its implementation was chosen.
     Traffic traffic() const {
         const runtime::Within within;

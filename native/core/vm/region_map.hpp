@@ -97,6 +97,14 @@ class alignas(runtime::apart) RegionMap {
         runtime::retire(old, [](void* map) { alloc::destroy(static_cast<Map*>(map)); });
     }
 
+    // How often this processor looked up, since it was replicated; 0 while uses are not counted by processor.
+    uint64_t uses_by(const runtime::Processor& processor) const {
+        std::lock_guard guard(lock_);
+        const auto* replicated = std::get_if<Replicated>(&implementation());
+        const Replica* replica = replicated ? replicated->replicas.find(processor) : nullptr;
+        return replica ? replica->uses.read() : 0;
+    }
+
     // Who uses it, since its implementation was chosen.
     Traffic traffic() const {
         std::lock_guard guard(lock_);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +57,7 @@ _HUES = {
     "Distributed": ("#d1662f", "#eeb08c"),
     "Replicated": ("#d1662f", "#eeb08c"),
 }
+_SHADES = ("#eeb08c", "#d1662f", "#8f3f17")  # for numbers of processors
 _GREYS = ("#333333", "#6e6e6e", "#999999", "#bdbdbd", "#dddddd")
 
 
@@ -161,6 +163,8 @@ def table(title: str, records: Sequence[Record]) -> Group:
 def _cell(record: Record | None) -> str:
     if record is None:
         return ""
+    if not record.value:
+        return "0"
     return f"{number(record.value)} [dim]±{50 * record.spread / record.value:2.0f}%[/]"
 
 
@@ -168,7 +172,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     """Draw the records, one panel an experiment or an operation of it, into a file of the kind that its name ends with.
 
     With one or two numbers of processors the panel has bars, side by side; with more it has lines against
-    processors on logarithmic axes, as the paper's figures have it.
+    processors on logarithmic axes, as the paper's figures have it. Shares are bars in any case.
 
     Raises:
         Error: matplotlib is missing, or the file cannot be written.
@@ -189,14 +193,16 @@ def plot(records: Sequence[Record], path: Path) -> None:
     for axes in places[len(panels) :]:
         axes.set_axis_off()
     for axes, ((_, operation), panel) in zip(places, panels.items(), strict=False):
-        draw = _bars if len({record.processors for record in panel}) <= 2 else _lines
-        draw(axes, panel)
         first = panel[0]
+        few = len({record.processors for record in panel}) <= 2
+        draw = _shares if first.unit == "%" else _bars if few else _lines
+        draw(axes, panel)
         rows = math.ceil(len(axes.get_legend_handles_labels()[0]) / 4)
         title = f"{first.experiment}: {operation}" if operation else first.experiment
         axes.set_title(title, loc="left", fontweight="bold", pad=12 + 15 * rows)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), frameon=False, ncols=4, fontsize="small")
-        axes.set_ylabel(f"{first.metric.replace('_', ' ')}, {first.unit.replace('us', 'µs')}")
+        label = axes.set_xlabel if draw is _shares else axes.set_ylabel
+        label(f"{first.metric.replace('_', ' ')}, {first.unit.replace('us', 'µs')}")
         axes.spines[["top", "right"]].set_visible(False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,6 +233,25 @@ def _bars(axes: Axes, records: Sequence[Record]) -> None:
     if max(values) > 8 * min(values):
         _logarithmic(axes, values)
         axes.set_ylim(bottom=min(values) / 2)
+
+
+def _shares(axes: Axes, records: Sequence[Record]) -> None:
+    """A row for each series, in their order, with a bar for each number of processors; for shares of a whole."""
+    layout = _Layout(records)
+    height = 0.8 / len(layout.groups)
+    for at, group in enumerate(layout.groups):
+        bars = axes.barh(
+            [row + at * height for row in range(len(layout.series))],
+            [layout.cells[series, group].value for series in layout.series],
+            height * 0.92,
+            color=_SHADES[at % len(_SHADES)],
+            label=layout.label(group),
+        )
+        axes.bar_label(bars, [number(layout.cells[series, group].value) for series in layout.series], padding=2)
+    names = [textwrap.fill(_short(series), 26) for series in layout.series]
+    axes.set_yticks([row + (len(layout.groups) - 1) * height / 2 for row in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
 
 
 def _lines(axes: Axes, records: Sequence[Record]) -> None:

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from k42.vm.errors import (
+    ForkWarning,
     KernelUnavailable,
     OutOfFrames,
     ProtocolError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Client",
+    "ForkWarning",
     "KernelProcess",
     "KernelUnavailable",
     "Mapping",

@@ -11,6 +11,7 @@ import re
 import socket
 import stat as stat_module
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from k42 import _native
 from k42.vm import protocol
 from k42.vm.channel import Channels
 from k42.vm.credentials import with_credentials
-from k42.vm.errors import KernelUnavailable, ProtocolError, Unsupported, UserModeOnlyWarning
+from k42.vm.errors import ForkWarning, KernelUnavailable, ProtocolError, Unsupported, UserModeOnlyWarning
 from k42.vm.launch import launch
 from k42.vm.mapping import Mapping, Mode, Shown
 from k42.vm.protocol import MAX_GROUP, PAGE, Message, pages_of
@@ -32,8 +33,10 @@ from k42.vm.protocol import MAX_GROUP, PAGE, Message, pages_of
 _LINGER = 3.0  # seconds that an embedded kernel waits for another client
 _MAX_HOMES = 64  # CPUs that get a userfaultfd, two descriptors, before a thread of theirs maps anything
 _TRIES = 3  # a kernel found may be about to end
+_FORK_WAIT = 5.0  # seconds that a fork waits for other threads to end what they do to mappings
 
 OpenMode = Literal["r", "r+", "w+", "c"]
+Fork = Literal["reattach"]
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
 
 _CURES = """any one of these gives it:
@@ -74,27 +77,43 @@ class Client:
     Made by `connect`.
     """
 
-    def __init__(self, connection: socket.socket, grace: float, *, homing: bool = True, sticky: bool = True) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        grace: float,
+        *,
+        homing: bool = True,
+        sticky: bool = True,
+        fork: Fork | None = None,
+    ) -> None:
         # Protects the connection: one request and its reply at a time. Taken by finalizers only if it is free.
         self._lock = threading.Lock()
-        self._connection = connection
+        self._grace = grace
         self._closing = False  # nothing new is mapped
         self._closed = False
         self._number = 0  # of the last request
         self.lost = False
         """Whether the kernel was found to be gone: mappings that need it end in SIGBUS, requests fail."""
         self._homing = homing
+        self._sticky = sticky
+        self._fork = fork
         self._uffds: dict[int, int] = {}  # CPU index to descriptor
         self._handed_over: set[int] = set()  # CPU indices whose userfaultfd the kernel has
         self._garbage: collections.deque[tuple[int, int]] = collections.deque()  # windows dropped without close()
-        self._mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
+        self._mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()  # added to with the lock held
+        self._begin(connection)
+        _clients.add(self)
+
+    def _begin(self, connection: socket.socket) -> None:
+        """Makes itself known to the kernel at the other end; closes the connection where that is none of ours."""
+        self._connection = connection
         _, uid = protocol.peer(connection)
         if uid != os.getuid():
             connection.close()
             raise KernelUnavailable(f"the kernel there belongs to user {uid}, not to you")
         try:
             reply, descriptors = self._exchange(
-                {"op": "hello", "version": protocol.VERSION, "homing": homing, "sticky": sticky}, ()
+                {"op": "hello", "version": protocol.VERSION, "homing": self._homing, "sticky": self._sticky}, ()
             )
             if len(descriptors) != 2 or not {"pid", "budget", "cpus"} <= reply.keys():
                 protocol.close_all(descriptors)
@@ -109,15 +128,15 @@ class Client:
         self._cpus: list[int] = reply["cpus"]
         greeting = {"op": "channel", "client": reply.get("client"), "token": reply.get("token")}
         supervised = bool(reply.get("supervised"))
-        self._channels = Channels(os.path.abspath(connection.getpeername()), greeting, supervised)
+        self._path = Path(os.path.abspath(connection.getpeername()))
+        self._channels = Channels(str(self._path), greeting, supervised)
         status, commands = descriptors
         try:
             self._status = _native.map_status(status)
-            self._guard = _native.Guard(connection.fileno(), int(grace * 1000))
+            self._guard = _native.Guard(connection.fileno(), int(self._grace * 1000))
             self._guard.obey(commands)
         finally:
             protocol.close_all(descriptors)
-        _clients.add(self)
 
     # Requests.
 
@@ -452,14 +471,96 @@ class Client:
         if hasattr(self, "_guard"):
             self._end()
 
-    def _after_fork(self) -> None:
-        """In a forked child: the parent's connection, mappings and userfaultfds are the parent's."""
+    def _before_fork(self) -> list[threading.Lock] | None:
+        """Waits until no mapping is being opened, closed or resized, and keeps it so: the locks to release afterwards.
+
+        None: that took too long, perhaps because the thread that forks is itself within such a call.
+        """
+        deadline = time.monotonic() + _FORK_WAIT
+
+        def take(lock: threading.Lock) -> bool:
+            return lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
+
+        while take(self._lock):
+            held, busy = [self._lock], None
+            for mapping in self._mappings:
+                # Without waiting: a mapping's lock comes before the client's, and one that is resized takes another's.
+                if not mapping._lock.acquire(blocking=False):
+                    busy = mapping._lock
+                    break
+                held.append(mapping._lock)
+            if busy is None:
+                return held
+            for lock in held:
+                lock.release()
+            if not take(busy):
+                break
+            busy.release()
+        return None
+
+    def _after_fork(self) -> list[Mapping]:
+        """In a forked child: what the parent has is the parent's alone. The mappings that it had."""
         self._lock = threading.Lock()
+        mappings = list(self._mappings)
         self._closing = self._closed = True
         self._mappings = weakref.WeakSet()
         self._connection.close()
         self._channels.forget()
         self._guard.forget()
+        return mappings
+
+    def _reattach(self, mappings: list[Mapping]) -> None:
+        """Then, if wanted: connects anew, and opens what was mapped from stores again, at the same addresses."""
+        self._uffds.clear()  # closed by the guard
+        self._handed_over.clear()
+        self._garbage.clear()
+        self.lost = False
+        try:
+            self._begin(_dial(self._path))
+        except (k42.Error, OSError) as error:
+            _warn(f"the mappings are not there: {error}")
+            return
+        self._closing = self._closed = False
+        for mapping in mappings:
+            # Anonymous memory and private copies would have to be as they were at the fork, and the parent goes on
+            # writing to them: they stay its own.
+            if mapping.mode in ("r", "r+") and mapping.shown:
+                try:
+                    self._open_again(mapping)
+                except (k42.Error, OSError, ValueError) as error:
+                    _warn(f"the mapping of {mapping.name} is not there: {error}")
+
+    def _open_again(self, mapping: Mapping) -> None:
+        shown, index = mapping._shown, self._cpu_index()
+        request = mapping._request | {"op": "map", "mode": mapping.mode, "cpu": index, "base": mapping.base}
+        request |= {"size": pages_of(shown.delta + shown.length) * PAGE, "first": shown.offset // PAGE}
+        request |= {"group": mapping.page_size // PAGE}
+        reply, [memfd] = self._request(request, () if mapping._file < 0 else (mapping._file,))
+        region: int = reply["region"]
+        try:
+            mapping._show_again(self, shown._replace(region=region, memfd=memfd, cpu=index))
+        except BaseException:
+            self._drop(region, mapping.base)
+            os.close(memfd)
+            raise
+        os.close(shown.memfd)
+        self._mappings.add(mapping)
+
+    def _add_window_again(self, window: Mapping, shown: Shown, how: int) -> bool:
+        """The same for a local window; False, and it stays the parent's, where that fails."""
+        try:
+            with self._lock:
+                self._serve_cpu(shown.cpu)
+            self._add_window(shown.region, window.base, shown.cpu)
+            self._show_window_again(window, shown, how)
+        except (k42.Error, OSError) as error:
+            _warn(f"a local window of {window.name} is not there: {error}")
+            return False
+        return True
+
+    def _show_window_again(self, window: Mapping, shown: Shown, how: int) -> None:
+        uffd = self._uffds[shown.cpu]
+        window.show_again(shown.memfd, shown.offset, how, uffd, self._guard, window.name, self._status)
 
     def __enter__(self) -> Client:
         return self
@@ -507,7 +608,12 @@ def _around(fault_around: int | None) -> Message:
 
 
 def connect(
-    socket: str | os.PathLike[str] | None = None, *, grace: float = 5.0, homing: bool = True, sticky: bool = True
+    socket: str | os.PathLike[str] | None = None,
+    *,
+    grace: float = 5.0,
+    homing: bool = True,
+    sticky: bool = True,
+    fork: Fork | None = None,
 ) -> Client:
     """Connects to a kernel.
 
@@ -517,16 +623,24 @@ def connect(
         grace: seconds after the death of the kernel until accesses that wait for it end in SIGBUS.
         homing: let each 2 MiB of a mapping be served on the CPU of the threads that fault there.
         sticky: let a thread be kept on one CPU, of those that its affinity mask allows, while it faults.
+        fork: what a child of ``os.fork()`` has. None: nothing; an access to a mapping of the parent's raises, or ends
+            in SIGSEGV with a message. ``"reattach"``: the child gets a connection of its own, and the mappings of files
+            and URLs in modes ``"r"`` and ``"r+"`` are opened again at the same addresses, so that arrays made of them
+            go on; what is written to them is shared with the parent. Anonymous memory, snapshots and mode ``"c"`` stay
+            the parent's, and pins, too. What cannot be opened is as with None, and a `ForkWarning` says why.
 
     Raises:
+        ValueError: another `fork`.
         KernelUnavailable: none listens there; it is of another version, or of another user.
         Unsupported: not Linux.
     """
+    if fork is not None and fork not in get_args(Fork):
+        raise ValueError(f"fork must be None or 'reattach', not {fork!r}")
     path = Path(socket) if socket is not None else protocol.default_socket()
     dial = _dial if socket is not None else _dial_or_start
     for attempt in range(_TRIES):
         try:
-            return Client(dial(path), grace, homing=homing, sticky=sticky)
+            return Client(dial(path), grace, homing=homing, sticky=sticky, fork=fork)
         except KernelUnavailable as error:
             if attempt == _TRIES - 1 or not isinstance(error.__cause__, EOFError | OSError):
                 raise
@@ -587,15 +701,50 @@ def _by_default(call: Callable[[Client], Mapping]) -> Mapping:
         return call(default_client())
 
 
+class _Held(threading.local):
+    """What a thread that forks holds meanwhile, of each client whose mappings the child is to have."""
+
+    def __init__(self) -> None:
+        self.locks: dict[Client, list[threading.Lock]] = {}
+
+
+_held = _Held()
+
+
+def _before_fork() -> None:
+    # In one order: threads that fork at the same time must not wait for each other.
+    for client in sorted(_clients, key=id):
+        if client._fork and (locks := client._before_fork()) is not None:
+            _held.locks[client] = locks
+
+
+def _after_fork_in_parent() -> None:
+    for locks in _held.locks.values():
+        for lock in locks:
+            lock.release()
+    _held.locks.clear()
+
+
 def _after_fork_in_child() -> None:
     global _default, _default_lock
     _default_lock = threading.Lock()
     _default = None
-    for client in list(_clients):
-        client._after_fork()
+    settled = set(_held.locks)
+    _held.locks.clear()
+    # First all of them: a warning may be an error here.
+    wanted = [(client, client._fork and not client._closing, client._after_fork()) for client in list(_clients)]
+    for client, reattach, mappings in wanted:
+        if reattach and client in settled:
+            client._reattach(mappings)
+        elif reattach:
+            _warn("another thread was changing mappings, so that none is there")
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+def _warn(what: str) -> None:
+    warnings.warn(f"in this forked child {what}", ForkWarning, stacklevel=2)
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 def open(

@@ -55,5 +55,9 @@ class ProtocolError(Error):
     """The other side of a connection said something that makes no sense."""
 
 
+class ForkWarning(RuntimeWarning):
+    """A forked child does not have what ``connect(fork="reattach")`` would have opened for it; the message says why."""
+
+
 class UserModeOnlyWarning(UserWarning):
     """Faults from within system calls cannot be served: ``read(2)`` into an absent page fails with EFAULT."""

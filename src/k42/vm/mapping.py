@@ -136,6 +136,19 @@ class Mapping(MemoryFile):
             self._locals[index] = window
             return window
 
+    def _show_again(self, client: Client, shown: Shown) -> None:
+        """In a forked child, which has one thread: shows what the kernel has just opened for it, as in the parent."""
+        client._show_window_again(self, shown, _SHOWN_AS[self.mode])
+        self._shown, self._pid = shown, os.getpid()
+        self._lock, self._position_lock = threading.Lock(), threading.RLock()
+        windows, self._locals = self._locals, {}
+        for index, window in windows.items():
+            here = shown._replace(cpu=index)
+            if client._add_window_again(window, here, _SHOWN_AS[self.mode]):
+                window._shown, window._pid = here, self._pid
+                window._position_lock = threading.RLock()
+                self._locals[index] = window
+
     def close(self) -> None:
         """Unmaps, and frees what is the mapping's alone. Twice is once. A local window closes with its mapping.
 

@@ -15,7 +15,7 @@ import os
 import struct
 import tempfile
 from array import array
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +33,8 @@ _ENTRY = struct.Struct("<II")  # bytes of a frame, bytes that it unpacks to
 _FOOTER = struct.Struct("<IBI")  # frames, flags, magic number
 _HAS_CHECKSUMS = 0x80
 _MAX_FRAME = 64 << 20  # bytes unpacked: a fault must not make the kernel take any amount of memory
+MAX_GROUP = _MAX_FRAME // PAGE
+"""Pages that can be compressed together."""
 _GROUP = 32  # pages: 128 KiB
 
 
@@ -173,25 +175,34 @@ def _read_table(inner: FileRepresentative) -> list[tuple[int, int]]:
 
 
 def compress(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], *, group: int = _GROUP, level: int = 3
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    group: int = _GROUP,
+    level: int = 3,
+    overwrite: bool = True,
+    progress: Callable[[int], object] = lambda read: None,
 ) -> tuple[int, int]:
     """Writes a compressed copy of a file, for ``zstd+file:``, ``zstd+https:`` and so on; ``zstd -d`` unpacks it, too.
 
     Args:
         source: what to compress.
-        target: where to write; replaced in one step when all is written.
+        target: where to write; it is there, or replaced, in one step when all is written, and else nothing is.
         group: pages of 4 KiB that are compressed together, and later read together; at most 16384.
         level: of zstd, from fast (1) to small (19).
+        overwrite: replace what is at the target; else it must not be there when all is written.
+        progress: called with the bytes read, after each group.
 
     Returns:
         (bytes read, bytes written).
 
     Raises:
+        FileExistsError: the target is there, and is not to be overwritten.
         OSError: a file cannot be read or written.
         Unsupported: zstd is not installed.
     """
-    if not 1 <= group <= _MAX_FRAME // PAGE:
-        raise ValueError(f"a group is of 1 to {_MAX_FRAME // PAGE} pages, not {group}")
+    if not 1 <= group <= MAX_GROUP:
+        raise ValueError(f"a group is of 1 to {MAX_GROUP} pages, not {group}")
     zstd = _zstd()
     options = {zstd.CompressionParameter.compression_level: level, zstd.CompressionParameter.checksum_flag: 1}
     target = Path(target)
@@ -202,6 +213,7 @@ def compress(
                 packed = zstd.compress(data, options=options)
                 writer.write(packed)
                 sizes.append((len(packed), len(data)))
+                progress(len(data))
             writer.write(_HEADER.pack(_SKIPPED, len(sizes) * _ENTRY.size + _FOOTER.size))
             for entry in sizes:
                 writer.write(_ENTRY.pack(*entry))
@@ -210,8 +222,12 @@ def compress(
             writer.flush()
             os.fsync(writer.fileno())
             written = writer.tell()
-            os.replace(writer.name, target)
+            if overwrite:
+                os.replace(writer.name, target)
+            else:
+                os.link(writer.name, target)  # fails where somebody else has made it meanwhile
+                os.unlink(writer.name)
         except BaseException:
-            os.unlink(writer.name)
+            Path(writer.name).unlink(missing_ok=True)
             raise
     return sum(unpacked for _, unpacked in sizes), written
