@@ -144,9 +144,9 @@ def test_what_is_used_is_seen_and_stays(kernels, script, folder):
             for used in range(8):
                 mapping[used * 4096]
         counts = mapping.stats()
-        say(counts["probed"] > 500, counts["rescued"] > 8, counts["filled"])
+        say(counts["probed"] > 500, counts["rescued"] > 8, counts["filled"] < 680)
         """
-    assert script(code, kernel.socket, path).good() == "True True 648\n"
+    assert script(code, kernel.socket, path).good() == "True True True\n"
 
 
 def test_private_copies_outlive_the_frames(kernels, connect, script, folder, path):
