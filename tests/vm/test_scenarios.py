@@ -147,9 +147,9 @@ def test_11_threads_that_scan_one_file_fill_each_page_once(folder, script, objec
 
 
 def test_12_a_fill_under_way_brings_nothing_back_that_was_cut_off(folder, puppet, monkeypatch):
-    """The file shrinks between the read of its last page and the page's coming in: what is behind the end is zeros."""
+    """The file ends earlier in its last page, which was just read and comes in only now: what is cut off is zeros."""
     path = folder / "file"
-    path.write_bytes(b"x" * 4 * PAGE)
+    path.write_bytes(b"x" * 3 * PAGE)
     with running(folder / "kernel.sock", 64) as kernel, held(monkeypatch, "fill") as fill:
         reader, cutter = puppet(kernel), puppet(kernel)
         assert "Mapping" in ask(reader, f"(mapping := client.open({str(path)!r}))")
@@ -169,14 +169,14 @@ def test_12_a_fill_under_way_brings_nothing_back_that_was_cut_off(folder, puppet
 
 
 def test_12_a_write_back_under_way_stores_nothing_that_was_cut_off(folder, puppet, monkeypatch):
-    """The file shrinks and grows while a write-back has the old bytes: they are not in the file."""
+    """The file ends earlier in its last page, and later again, while a write-back has the old bytes: they stay out."""
     path = folder / "file"
-    path.write_bytes(bytes(4 * PAGE))
+    path.write_bytes(bytes(3 * PAGE))
     with running(folder / "kernel.sock", 64) as kernel, held(monkeypatch, "write-back") as write:
         writer, cutter = puppet(kernel), puppet(kernel)
         assert "Mapping" in ask(writer, f"(mapping := client.open({str(path)!r}, 'r+'))")
         assert "Mapping" in ask(cutter, f"(mapping := client.open({str(path)!r}, 'r+'))")
-        assert ask(writer, "mapping.write(b'x' * 4 * 4096)") == str(4 * PAGE)
+        assert ask(writer, "mapping.write(b'x' * 3 * 4096)") == str(3 * PAGE)
         writer.tell("mapping.flush()")
         write.reached()
         cutter.tell("mapping.resize(2 * 4096 + 100), mapping.resize(4 * 4096)")

@@ -53,9 +53,10 @@ def test_a_frame_that_is_there_is_no_page_before_it_is_filled(folder, script, pa
     code = """
         client = vm.connect(sys.argv[1])
         mapping = client.open(sys.argv[2])
+        wanted = open(sys.argv[2], "rb").read()
         say("mapped")
         sys.stdin.readline()
-        say(bytes(mapping) == open(sys.argv[2], "rb").read())
+        say(all(mapping[at : at + 4096] == wanted[at : at + 4096] for at in range(20 * 4096, 64 * 4096, 4096)))
         sys.stdin.readline()
         """
     with running(folder / "kernel.sock", 2 * PAGES) as kernel:
