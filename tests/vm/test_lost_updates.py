@@ -12,7 +12,6 @@ import os
 import random
 import struct
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,9 +37,9 @@ SIZE = place(PAGES - 1) + PAGE
 CUT = place(2) + 16
 """Where the file ends for moments, in one test: what lies behind may become zeros, and never what it was before."""
 
-# One round for each line of input: socket, path, number of operations, where the file may be cut, seed. The first thread
-# of a process goes through pointers, where nothing is cut, and the other by copies. Says what each wrote last: in its
-# own slots, and in the common ones.
+# One round for each line of input: socket, path, number of operations, where the file may be cut, seed. The first
+# thread of a process goes through pointers, where nothing is cut, and the other by copies. Says what each wrote last:
+# in its own slots, and in the common ones.
 WRITER = """
     import json, random, struct, traceback
     PAGE, PAGES, WRITERS = 4096, 64, 4

@@ -56,7 +56,11 @@ def check_frames(kernel: Kernel) -> None:
 
 # 9, 10, 11: threads on one or many objects.
 
-CHOICES = [f"region={region},fcm={fcm}" for region in ("shared", "distributed") for fcm in ("shared", "replicated", "partitioned")]
+CHOICES = [
+    f"region={region},fcm={fcm}"
+    for region in ("shared", "distributed")
+    for fcm in ("shared", "replicated", "partitioned")
+]
 
 TOUCH = """
     socket, pages, kind = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -264,7 +268,9 @@ def test_12_a_snapshot_that_comes_in_a_fault_shows_what_was_there(folder, puppet
         fill.resume()
         assert writer.line() == "None"
         assert reader.line() == str(ord("x"))
-        assert ask(copier, "mapping[20 * 4096], copy[20 * 4096], copy[:].count(b'x')") == f"(7, {ord('x')}, {64 * PAGE})"
+        assert (
+            ask(copier, "mapping[20 * 4096], copy[20 * 4096], copy[:].count(b'x')") == f"(7, {ord('x')}, {64 * PAGE})"
+        )
         for client in (writer, reader, copier):
             assert ask(client, "client.close()") == "None"
         assert path.read_bytes() == b"x" * 20 * PAGE + b"\7" + b"x" * (44 * PAGE - 1)

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from vm_support import PAGE, file_counts, held, running, until, words
+from vm_support import PAGE, held, running, words
 
 PAGES = 64
 
@@ -162,8 +162,8 @@ def test_private_copies_outlive_the_frames(kernels, connect, script, folder, pat
         for _ in range(3):
             assert bytes(others) == wanted
             for page in range(64):
-                start = b"mine" if page % 2 == 0 else wanted[page * 4096 : page * 4096 + 4]
-                assert mine[page * 4096 : (page + 1) * 4096] == start + wanted[page * 4096 + 4 : (page + 1) * 4096], page
+                part = slice(page * 4096, (page + 1) * 4096)
+                assert mine[part] == (wanted[part] if page % 2 else b"mine" + wanted[part][4:]), page
         [counts] = client.stat()["files"]
         say(counts["resident"] <= 8, counts["evicted"] > 64, client.stat()["frames"]["file"] <= 8)
         """

@@ -132,9 +132,7 @@ class Caches:
 
     # What can be mapped. Each returns a cache with one user more, to be given to `let_go`.
 
-    def file(
-        self, descriptor: int, name: str, *, writer: bool, policy: Policy | None = None
-    ) -> tuple[Cached, bool]:
+    def file(self, descriptor: int, name: str, *, writer: bool, policy: Policy | None = None) -> tuple[Cached, bool]:
         """The cache of a local file, and whether its FR took the descriptor over.
 
         Raises:

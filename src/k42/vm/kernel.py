@@ -741,7 +741,9 @@ class Kernel:
         left: tuple[int, int, int] | None = None,
     ) -> FileCacheManager:
         chosen = self._policy if policy is None else policy
-        return self._variants.fcm.create(self._global_pm, fr, backing, len(self.cpus), chosen, self._hints, number, left)
+        return self._variants.fcm.create(
+            self._global_pm, fr, backing, len(self.cpus), chosen, self._hints, number, left
+        )
 
     @staticmethod
     def _memfd_for(mapped: _Mapped) -> int:
