@@ -13,12 +13,17 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from k42 import vm
+from k42.testing import PausePoint
+from k42.vm.fr import _frames
+from k42.vm.kernel import Kernel
+from k42.vm.variants import Variants
 
 PAGE = 4096
 _LIMIT = 70.0  # seconds; scripts end themselves after 60
@@ -151,6 +156,46 @@ class Kernels:
                 status = kernel.stop()
                 assert status == (-signal.SIGKILL if kernel.pid in self._killed else 0), kernel.log.read_text()
                 assert "Traceback" not in kernel.log.read_text(), kernel.log.read_text()
+
+
+@contextlib.contextmanager
+def running(socket: Path, pages: int, objects: str = "default", **options: Any) -> Iterator[Kernel]:
+    """A kernel in this process, whose objects a test can reach. Its clients must be other processes."""
+    kernel = Kernel(socket, pages * PAGE, None, Variants.named(objects), **options)
+    thread = threading.Thread(target=kernel.run)
+    thread.start()
+    try:
+        yield kernel
+    finally:
+        kernel.stop()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def held(monkeypatch: Any, what: str) -> Iterator[PausePoint]:
+    """Holds a kernel in this process inside its I/O, until the point is resumed.
+
+    Args:
+        monkeypatch: pytest's.
+        what: ``"fill"``: what was read is not in the frames yet; ``"write-back"``: what the frames had is not in the
+            store yet.
+    """
+    name = {"fill": "put_padded", "write-back": "take"}[what]
+    original = getattr(_frames, name)
+    with PausePoint() as point:
+
+        def put_later(*arguments: Any) -> None:
+            point()
+            original(*arguments)
+
+        def take_early(*arguments: Any) -> Any:
+            taken = original(*arguments)
+            point()
+            return taken
+
+        monkeypatch.setattr(_frames, name, put_later if what == "fill" else take_early)
+        yield point
 
 
 class Raw:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import k42
 from k42.vm.errors import OutOfFrames, ProtocolError, StoreError, Unsupported
-from k42.vm.fcm import FileCacheManager
+from k42.vm.fcm import FileCacheManager, Policy
 from k42.vm.files import open_store
 from k42.vm.fr import FileFR, FileRepresentative, ResumedFR, SwapFR, Traits, ZeroFR
 from k42.vm.ledger import Ledger
@@ -39,10 +39,18 @@ _LONGEST_NAME = 4096  # characters of what is told to the next kernel, for its m
 
 
 class Make(Protocol):
-    """Makes an FCM of a store, with a number; of frames that a kernel left which has gone, or of none."""
+    """Makes an FCM of a store, with a number; of frames that a kernel left which has gone, or of none.
+
+    With a policy of replacement, or the kernel's own.
+    """
 
     def __call__(
-        self, fr: FileRepresentative, backing: Backing, number: int, left: tuple[int, int, int] | None = None
+        self,
+        fr: FileRepresentative,
+        backing: Backing,
+        number: int,
+        policy: Policy | None = None,
+        left: tuple[int, int, int] | None = None,
     ) -> FileCacheManager:
         """Makes it."""
 
@@ -59,6 +67,7 @@ class Cached:
         writers: regions of those through which its file is written.
         number: of the FCM.
         url: what names the store, if not a descriptor: URL, mode, options.
+        policy: of replacement, as it was asked for; None: the kernel's own.
         node: its place among snapshots; None: there never was one.
         origin: of a snapshot, the file or URL that it is of in the end, of which it is a user.
     """
@@ -67,6 +76,7 @@ class Cached:
     key: Hashable | None
     number: int
     url: tuple[str, str, Mapping[str, Any]] | None = None
+    policy: Policy | None = None
     reserved: int = 0
     users: int = 0
     writers: int = 0
@@ -122,12 +132,12 @@ class Caches:
 
     # What can be mapped. Each returns a cache with one user more, to be given to `let_go`.
 
-    def file(self, descriptor: int, name: str, *, writer: bool) -> tuple[Cached, bool]:
+    def file(self, descriptor: int, name: str, *, writer: bool, policy: Policy | None = None) -> tuple[Cached, bool]:
         """The cache of a local file, and whether its FR took the descriptor over.
 
         Raises:
             ProtocolError: not a regular file, or not open as it must be.
-            ValueError: an empty file.
+            ValueError: an empty file; one that is in use with another policy.
         """
         status = os.fstat(descriptor)
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
@@ -142,12 +152,12 @@ class Caches:
         with self._lock:
             found = self._by_key.get(key)
             taken = False
-            if found is not None and self._is_stale(found):
+            if found is not None and self._is_stale(found, policy):
                 found = None
             if found is None:
                 fr = FileFR.create(descriptor, name.replace("\0", "?"))
                 taken = True
-                found = self._add(key, *self._make_or_close(fr, Backing.FILE))
+                found = self._add(key, *self._make_or_close(fr, Backing.FILE, policy), policy=policy)
             elif writer and not found.fcm.fr().writable():
                 local = k42.local(found.fcm.fr())
                 assert isinstance(local, FileFR)
@@ -157,11 +167,19 @@ class Caches:
             self._use(found, writer=writer)
             return found, taken
 
-    def url(self, url: str, mode: str, options: Mapping[str, Any], opener: Callable[[], FileRepresentative]) -> Cached:
+    def url(
+        self,
+        url: str,
+        mode: str,
+        options: Mapping[str, Any],
+        opener: Callable[[], FileRepresentative],
+        policy: Policy | None = None,
+    ) -> Cached:
         """The cache of a URL; may take as long as its store does.
 
         Raises:
             StoreError, Unsupported, ValueError: as `opener` raises them.
+            ValueError: it is in use with another policy.
         """
         key = self.url_key(url, options)
         with self._turn(key):
@@ -171,8 +189,11 @@ class Caches:
                     self._use(found, writer=False)
             if found is not None:
                 try:
-                    if not found.fcm.fr().changed() and (mode != "r+" or found.fcm.fr().writable()):
+                    same = self._has_policy(found, policy, users=1)
+                    if same and not found.fcm.fr().changed() and (mode != "r+" or found.fcm.fr().writable()):
                         return found
+                    if not same:
+                        found.fcm.flush(0, 1 << 40)
                 except BaseException:
                     self.let_go(found)
                     raise
@@ -180,7 +201,8 @@ class Caches:
                 self.let_go(found)
             fr = opener()
             with self._lock:
-                found = self._add(key, *self._make_or_close(fr, Backing.FILE), url=(url, mode, options))
+                made = self._make_or_close(fr, Backing.FILE, policy)
+                found = self._add(key, *made, url=(url, mode, options), policy=policy)
                 self._use(found, writer=False)
             return found
 
@@ -351,6 +373,7 @@ class Caches:
                 "pages": cache.pages(),
                 "reserved": cached.reserved,
                 "url": cached.url,
+                "policy": cached.policy,
             }
             files = []
             match fr:
@@ -415,7 +438,8 @@ class Caches:
                 fr = ResumedFR.create(name, size, record["version"], traits, record["writable"], opener)
         if url is not None:
             key = self.url_key(url[0], url[2])
-        fcm = self._make(fr, backing, number, (frames, journal, record["pages"]))
+        policy = None if record["policy"] is None else Policy(record["policy"])
+        fcm = self._make(fr, backing, number, policy, (frames, journal, record["pages"]))
         if record["store"] == "snapshot":
             assert isinstance(local, SnapshotFR)
             cache = fcm.native()
@@ -426,7 +450,7 @@ class Caches:
         with self._lock:
             self._by_number[number] = fcm
             self._numbers = itertools.count(max(number + 1, next(self._numbers)))
-            cached = self._enter(Cached(fcm, key, number, url, record["reserved"]))
+            cached = self._enter(Cached(fcm, key, number, url, policy, record["reserved"]))
             self.tell(cached)
             return cached
 
@@ -453,8 +477,9 @@ class Caches:
         number: int,
         reserved: int = 0,
         url: tuple[str, str, Mapping[str, Any]] | None = None,
+        policy: Policy | None = None,
     ) -> Cached:
-        cached = self._enter(Cached(fcm, key, number, url, reserved))
+        cached = self._enter(Cached(fcm, key, number, url, policy, reserved))
         self.tell(cached)
         return cached
 
@@ -472,9 +497,12 @@ class Caches:
         cached.writers += writer
         self._unused.pop(cached, None)
 
-    def _is_stale(self, cached: Cached) -> bool:
-        """Whether others changed the file: nobody new sees the old pages, those who map them keep them."""
-        if not cached.fcm.fr().changed():
+    def _is_stale(self, cached: Cached, policy: Policy | None) -> bool:
+        """Whether others changed the file: nobody new sees the old pages, those who map them keep them.
+
+        Or nobody maps it, and it is to have another policy of replacement.
+        """
+        if self._has_policy(cached, policy) and not cached.fcm.fr().changed():
             return False
         # What was written through mappings is newer than what others wrote before it goes to the file.
         with contextlib.suppress(StoreError):
@@ -485,6 +513,18 @@ class Caches:
         return True
 
     # Without it.
+
+    @staticmethod
+    def _has_policy(cached: Cached, policy: Policy | None, users: int = 0) -> bool:
+        """Whether it has the policy that is asked for; `users`: how many it has that do not mind."""
+        if policy is None or (stat := cached.fcm.stat())["policy"] == policy.name.lower():
+            return True
+        if cached.users > users:
+            raise ValueError(
+                f"{stat['name']} is in use with the policy {stat['policy']!r}, not {policy.name.lower()!r}: who opens "
+                "it first decides for all"
+            )
+        return False
 
     def _promise(self, backing: Backing, reserved: int) -> None:
         """Promises what memory of this backing needs: its frames; or room for two pages that come and go, since one
@@ -513,10 +553,12 @@ class Caches:
                 del self._by_key[cached.key]
             self._unused.pop(cached, None)
 
-    def _make_or_close(self, fr: FileRepresentative, backing: Backing) -> tuple[FileCacheManager, int]:
+    def _make_or_close(
+        self, fr: FileRepresentative, backing: Backing, policy: Policy | None = None
+    ) -> tuple[FileCacheManager, int]:
         number = next(self._numbers)
         try:
-            fcm = self._make(fr, backing, number)
+            fcm = self._make(fr, backing, number, policy)
             self._by_number[number] = fcm
             return fcm, number
         except Exception as error:

@@ -17,7 +17,7 @@ import k42
 from k42.vm import protocol
 from k42.vm.caches import Cached, Caches, in_use
 from k42.vm.errors import ProtocolError, StoreError
-from k42.vm.fcm import FileCacheManager
+from k42.vm.fcm import FileCacheManager, asked_policy
 from k42.vm.files import open_store
 from k42.vm.pm import PageManager
 from k42.vm.protocol import PAGE, Message
@@ -117,7 +117,8 @@ class Channel(threading.Thread):
         url, mode, options = str(message["url"]), str(message["mode"]), message["options"]
         if not isinstance(options, dict) or len(str(options)) > _MOST_OPTIONS or len(url) > _LONGEST_URL:
             raise ValueError("a URL, and its options, which are a dictionary, are of moderate size")
-        cached = self._caches.url(url, mode, options, lambda: open_store(url, mode, options))
+        policy = asked_policy(message)
+        cached = self._caches.url(url, mode, options, lambda: open_store(url, mode, options), policy)
         try:
             return {"size": cached.fcm.fr().size()}
         finally:

@@ -37,6 +37,7 @@ _FORK_WAIT = 5.0  # seconds that a fork waits for other threads to end what they
 
 OpenMode = Literal["r", "r+", "w+", "c"]
 Fork = Literal["reattach"]
+Policy = Literal["fifo", "clock", "s3fifo"]
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
 
 _CURES = """any one of these gives it:
@@ -242,6 +243,7 @@ class Client:
         page_size: int | None = None,
         storage_options: Mapping_[str, Any] | None = None,
         fault_around: int | None = None,
+        policy: Policy | None = None,
     ) -> Mapping:
         """Maps a file or a URL: real memory, whose page faults the kernel serves from its one page cache.
 
@@ -259,6 +261,9 @@ class Client:
             fault_around: bytes, a power of two from 4096 to 2 MiB: of so many around a fault, those that are in the
                 page cache are mapped with it. Less where accesses are few and far between: a page that is mapped looks
                 used. None: 64 KiB.
+            policy: which of its pages are given back first when memory runs out: ``"fifo"`` (with a second chance),
+                ``"clock"`` or ``"s3fifo"``. Who opens it first decides for all. None: as it is, or as the kernel was
+                started with.
 
         Returns:
             A mapping of exactly these bytes.
@@ -266,7 +271,8 @@ class Client:
         Raises:
             FileNotFoundError, IsADirectoryError, PermissionError: as ``open`` raises them.
             ValueError: not a regular file, an empty file, an offset or length outside it, a bad mode, page size or
-                fault_around; mode ``"w+"`` without a length; storage_options without a URL.
+                fault_around; mode ``"w+"`` without a length; storage_options without a URL; no such policy, or
+                another than the file is in use with.
             StoreError: the URL cannot be read; or a store that does not grow.
             Unsupported: a store that cannot be written to, in mode ``"r+"``; a URL in mode ``"w+"``.
             OutOfFrames: a page of this size does not fit the kernel's budget.
@@ -274,19 +280,21 @@ class Client:
         """
         if mode not in get_args(OpenMode):
             raise ValueError(f"mode must be 'r', 'r+', 'w+' or 'c', not {mode!r}")
-        group, around = _group(page_size), _around(fault_around)
+        group, wishes = _group(page_size), _around(fault_around)
+        if policy is not None:
+            wishes["policy"] = policy
         if offset < 0 or (length is not None and length < 0):
             raise ValueError("offset and length must not be negative")
         if mode == "w+" and not length:
             raise ValueError("mode 'w+' needs a length: it makes a file of offset + length bytes")
         if is_url(path):
-            return self._open_url(os.fspath(path), mode, offset, length, group, around, dict(storage_options or {}))
+            return self._open_url(os.fspath(path), mode, offset, length, group, wishes, dict(storage_options or {}))
         if storage_options:
             raise ValueError(f"storage_options are for URLs, and {os.fspath(path)!r} is a path")
-        return self._open_file(path, mode, offset, length, group, around)
+        return self._open_file(path, mode, offset, length, group, wishes)
 
     def _open_file(
-        self, path: str | os.PathLike[str], mode: OpenMode, offset: int, length: int | None, group: int, around: Message
+        self, path: str | os.PathLike[str], mode: OpenMode, offset: int, length: int | None, group: int, wishes: Message
     ) -> Mapping:
         flags = {"r": os.O_RDONLY, "c": os.O_RDONLY, "r+": os.O_RDWR, "w+": os.O_RDWR | os.O_CREAT}[mode]
         # Non-blocking, lest a FIFO hold us until somebody writes.
@@ -304,7 +312,7 @@ class Client:
                 os.ftruncate(descriptor, size := offset + length)
             # Without the flag from here on: it belongs to the open file, which the kernel will use.
             fcntl.fcntl(descriptor, fcntl.F_SETFL, 0)
-            request = {"kind": "file", "name": os.path.abspath(path)} | around
+            request = {"kind": "file", "name": os.path.abspath(path)} | wishes
             shown: Mode = "r+" if mode == "w+" else mode
             if shown == "r+" and length and offset + length > size:
                 self._grow(request, descriptor, size, offset + length)
@@ -331,14 +339,14 @@ class Client:
         offset: int,
         length: int | None,
         group: int,
-        around: Message,
+        wishes: Message,
         options: dict[str, Any],
     ) -> Mapping:
         if mode == "w+":
             raise Unsupported(f"mode 'w+' makes files, not URLs: write {url} first, then open it")
         options = with_credentials(url, options)
-        request = {"kind": "url", "url": url, "options": options} | around
-        size = int(self._long_request({"op": "url_size", "url": url, "mode": mode, "options": options})["size"])
+        request = {"kind": "url", "url": url, "options": options} | wishes
+        size = int(self._long_request({"op": "url_size", "mode": mode} | request)["size"])
         return self._map(request | {"name": url}, -1, offset, _length(offset, length, size), group, mode)
 
     def anonymous(
@@ -755,9 +763,12 @@ def open(
     page_size: int | None = None,
     storage_options: Mapping_[str, Any] | None = None,
     fault_around: int | None = None,
+    policy: Policy | None = None,
 ) -> Mapping:
     """Maps a file or a URL through the user's own kernel; see `Client.open`."""
-    return _by_default(lambda client: client.open(path, mode, offset, length, page_size, storage_options, fault_around))
+    return _by_default(
+        lambda client: client.open(path, mode, offset, length, page_size, storage_options, fault_around, policy)
+    )
 
 
 def anonymous(

@@ -35,7 +35,7 @@ from k42.vm.fr import FileRepresentative, SwapFR, ZeroFR
 from k42.vm.hat import Hat
 from k42.vm.io import IoQueue
 from k42.vm.pm import Backing, GlobalPageManager, PageManager
-from k42.vm.protocol import MAX_GROUP, PAGE, pages_of
+from k42.vm.protocol import MAX_GROUP, PAGE, Message, pages_of
 from k42.vm.readahead import Advice, Ahead, ReadAhead
 from k42.vm.snapshot import Node, SnapshotFR
 
@@ -70,6 +70,16 @@ class Policy(enum.IntEnum):
         except KeyError:
             known = ", ".join(policy.name.lower() for policy in cls)
             raise ValueError(f"there is no policy of replacement {name!r}; there are: {known}") from None
+
+
+def asked_policy(message: Message) -> Policy | None:
+    """The policy that a request names; None: it names none.
+
+    Raises:
+        ValueError: there is no such policy.
+    """
+    name = message.get("policy")
+    return None if name is None else Policy.named(str(name))
 
 
 class Tables(enum.IntEnum):
@@ -572,18 +582,32 @@ class SharedFCM(FileCacheManager):
                     root.fr.resize(size)
                     cache.resize(pages)
                 self._discard(pages, before)
-                if size % PAGE and cache.pin(pages - 1, 1):
-                    # What a longer file shows there later is zeros.
-                    try:
-                        os.pwrite(cache.memfd(), bytes(PAGE - size % PAGE), size)
-                    finally:
-                        cache.unpin(pages - 1, 1)
+                if size % PAGE:
+                    self._clear_tail(size)
                 os.ftruncate(cache.memfd(), pages * PAGE)
             else:
                 root.fr.resize(size)
                 os.ftruncate(cache.journal(), max(pages, os.fstat(cache.journal()).st_size))
                 os.ftruncate(cache.memfd(), pages * PAGE)
                 cache.resize(pages)
+
+    def _clear_tail(self, size: int) -> None:
+        """Makes zeros of what the last page has behind the end: of a longer file they will be seen, and stored."""
+        cache, page = self.root.cache, size // PAGE
+        while True:
+            seen = cache.endings()
+            if cache.pin(page, 1):
+                break
+            if not cache.present(page, page + 1):
+                return
+            cache.wait_ending(seen, _PATIENCE)  # in I/O: it may have been read before the cut
+        try:
+            os.pwrite(cache.memfd(), bytes(PAGE - size % PAGE), size)
+            if self.lasting():
+                with contextlib.suppress(StoreError):
+                    self.flush(page, page + 1)  # a write-back that took the old bytes has ended after it
+        finally:
+            cache.unpin(page, 1)
 
     def _discard(self, first: int, end: int) -> None:
         cache = self.root.cache

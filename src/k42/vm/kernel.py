@@ -37,7 +37,7 @@ from k42.vm.channels import Channel
 from k42.vm.credentials import forget_credentials
 from k42.vm.errors import KernelUnavailable, OutOfFrames, ProtocolError, StoreError
 from k42.vm.fault import Fault
-from k42.vm.fcm import AROUND, FileCacheManager, Policy
+from k42.vm.fcm import AROUND, FileCacheManager, Policy, asked_policy
 from k42.vm.fr import FileRepresentative
 from k42.vm.hat import Hat, UffdHat
 from k42.vm.ledger import Ledger, Left, new_records
@@ -124,7 +124,7 @@ class Kernel:
         homing: move spans of a mapping to the CPUs of the threads that fault there.
         sticky: keep a thread on its CPU while it faults.
         swap: write anonymous memory that was made with overcommit to a swap file when frames run out.
-        policy: which pages are given back first.
+        policy: which pages are given back first, of files that nobody asked another policy for.
 
     Raises:
         KernelUnavailable: another kernel listens there already.
@@ -709,7 +709,8 @@ class Kernel:
             case "file":
                 [descriptor] = descriptors
                 self._make_room(group)
-                cached, taken = self._caches.file(descriptor, str(message["name"]), writer=writer)
+                policy = asked_policy(message)
+                cached, taken = self._caches.file(descriptor, str(message["name"]), writer=writer, policy=policy)
                 if taken:
                     descriptors.clear()
                 return cached, writer
@@ -764,10 +765,16 @@ class Kernel:
         return frames
 
     def _make_fcm(
-        self, fr: FileRepresentative, backing: Backing, number: int, left: tuple[int, int, int] | None = None
+        self,
+        fr: FileRepresentative,
+        backing: Backing,
+        number: int,
+        policy: Policy | None = None,
+        left: tuple[int, int, int] | None = None,
     ) -> FileCacheManager:
+        chosen = self._policy if policy is None else policy
         return self._variants.fcm.create(
-            self._global_pm, fr, backing, len(self.cpus), self._policy, self._hints, number, left
+            self._global_pm, fr, backing, len(self.cpus), chosen, self._hints, number, left
         )
 
     @staticmethod
