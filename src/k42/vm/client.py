@@ -74,7 +74,15 @@ class Client:
     Made by `connect`.
     """
 
-    def __init__(self, connection: socket.socket, grace: float, *, homing: bool = True, sticky: bool = True) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        grace: float,
+        *,
+        homing: bool = True,
+        sticky: bool = True,
+        limit: int | None = None,
+    ) -> None:
         # Protects the connection: one request and its reply at a time. Taken by finalizers only if it is free.
         self._lock = threading.Lock()
         self._connection = connection
@@ -93,9 +101,8 @@ class Client:
             connection.close()
             raise KernelUnavailable(f"the kernel there belongs to user {uid}, not to you")
         try:
-            reply, descriptors = self._exchange(
-                {"op": "hello", "version": protocol.VERSION, "homing": homing, "sticky": sticky}, ()
-            )
+            hello: Message = {"op": "hello", "version": protocol.VERSION, "homing": homing, "sticky": sticky}
+            reply, descriptors = self._exchange(hello if limit is None else hello | {"limit": limit}, ())
             if len(descriptors) != 2 or not {"pid", "budget", "cpus"} <= reply.keys():
                 protocol.close_all(descriptors)
                 raise ProtocolError("what listens there is no kernel of k42")
@@ -408,6 +415,9 @@ class Client:
     def stat(self) -> dict[str, Any]:
         """The kernel's counts: budget, frames in use by kind, faults, clients, file caches.
 
+        Of each client the frames that it has (``used``), its ``share``, below which no other client can push it, and
+        its ``limit``, if any.
+
         Raises:
             KernelUnavailable: the kernel is gone.
         """
@@ -416,6 +426,18 @@ class Client:
         if not isinstance(stat, dict):
             raise ProtocolError("the kernel's reply has no counts")
         return stat
+
+    def check(self) -> tuple[list[str], list[str]]:
+        """Has the kernel look whether all its frames are accounted for; at any time, under any load.
+
+        Returns:
+            What was found to hold, and what was not, as text. The latter is empty, or there is a bug in the kernel.
+
+        Raises:
+            KernelUnavailable: the kernel is gone.
+        """
+        reply = self._long_request({"op": "check"})
+        return reply["good"], reply["bad"]
 
     def close(self) -> None:
         """Closes all mappings and the connection. Twice is once.
@@ -504,7 +526,12 @@ def _around(fault_around: int | None) -> Message:
 
 
 def connect(
-    socket: str | os.PathLike[str] | None = None, *, grace: float = 5.0, homing: bool = True, sticky: bool = True
+    socket: str | os.PathLike[str] | None = None,
+    *,
+    grace: float = 5.0,
+    homing: bool = True,
+    sticky: bool = True,
+    limit: int | None = None,
 ) -> Client:
     """Connects to a kernel.
 
@@ -514,8 +541,11 @@ def connect(
         grace: seconds after the death of the kernel until accesses that wait for it end in SIGBUS.
         homing: let each 2 MiB of a mapping be served on the CPU of the threads that fault there.
         sticky: let a thread be kept on one CPU, of those that its affinity mask allows, while it faults.
+        limit: bytes of memory that the pages of this client may take in the kernel; at its limit it gives back its own.
+            None, and at most: what the kernel allows any client.
 
     Raises:
+        ValueError: a limit below one page.
         KernelUnavailable: none listens there; it is of another version, or of another user.
         Unsupported: not Linux.
     """
@@ -523,7 +553,7 @@ def connect(
     dial = _dial if socket is not None else _dial_or_start
     for attempt in range(_TRIES):
         try:
-            return Client(dial(path), grace, homing=homing, sticky=sticky)
+            return Client(dial(path), grace, homing=homing, sticky=sticky, limit=limit)
         except KernelUnavailable as error:
             if attempt == _TRIES - 1 or not isinstance(error.__cause__, EOFError | OSError):
                 raise
