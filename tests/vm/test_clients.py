@@ -192,7 +192,7 @@ def test_accounts_add_up_whatever_clients_do(kernels, connect, script, folder, o
     lives = [script(LIFE, kernel.socket, path, seed) for seed in range(2)]
     for life in lives:
         life.line()
-    for turn in range(8):
+    for turn in range(4):
         for _ in range(4):
             holds(client)
             time.sleep(0.02)

@@ -873,6 +873,8 @@ class Kernel:
 
     def _disconnect(self, client: _Client | _Newcomer) -> None:
         """A client is gone, by its will or not: frees all that it had."""
+        if isinstance(client, _Newcomer) and client not in self._newcomers:
+            return  # a channel by now, whose thread may have closed it already
         self._selector.unregister(client.connection)
         with contextlib.suppress(OSError):
             client.connection.shutdown(socket.SHUT_RDWR)  # of the supervisor's duplicate, too
