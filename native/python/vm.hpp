@@ -2,6 +2,7 @@
 // object of the paper, and keeps alive what its native half points to.
 #pragma once
 
+#include <atomic>
 #include <memory>
 
 #include "arguments.hpp"
@@ -27,14 +28,15 @@ struct FramePoolValue {
 };
 struct AccountValue {
     AccountValue(Ref pool_, vm::Accounts& accounts_, vm::Account& account_)
-        : pool(std::move(pool_)), accounts(accounts_), account(&account_) {}
+        : pool(std::move(pool_)), accounts(accounts_), account(&account_), limit(account_.limit()) {}
     ~AccountValue() { close(); }
     void close() {
-        if (account) accounts.close(std::exchange(account, nullptr));
+        if (vm::Account* open = account.exchange(nullptr)) accounts.close(open);
     }
     Ref pool;
     vm::Accounts& accounts;
-    vm::Account* account;  // nullptr: closed
+    std::atomic<vm::Account*> account;  // nullptr: closed; to be used within the request of the runtime that read it
+    const uint64_t limit;
 };
 struct HintQueueValue {
     vm::HintQueue queue;

@@ -118,8 +118,9 @@ PyObject* complete_io(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     bool write, tracked;
     uint64_t address, page, first, begin, end;
     uint32_t count;
+    uint16_t owner;
     vm::FaultAt fault;
-    if (!unpack("complete_io", args, nargs, hat, cpu, address, write, tracked, page, first, count, begin, end) ||
+    if (!unpack("complete_io", args, nargs, hat, cpu, address, write, tracked, page, first, count, begin, end, owner) ||
         !to_run(first, count) || !to_fault(hat, cpu, address, write, tracked, fault)) {
         return nullptr;
     }
@@ -130,7 +131,7 @@ PyObject* complete_io(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     vm::Outcome outcome;
     {
         Detached detached;
-        outcome = cache_of(self).complete_io(&fault, page, {first, count}, begin, end);
+        outcome = cache_of(self).complete_io(&fault, page, {first, count}, begin, end, false, owner);
     }
     return PyLong_FromLong(long(outcome));
 }
@@ -151,21 +152,23 @@ PyObject* complete_prefetch(PyObject* self, PyObject* const* args, Py_ssize_t na
     uint64_t first;
     uint32_t count;
     bool own;
-    if (!unpack("complete_prefetch", args, nargs, first, count, own) || !to_run(first, count)) return nullptr;
+    uint16_t owner;
+    if (!unpack("complete_prefetch", args, nargs, first, count, own, owner) || !to_run(first, count)) return nullptr;
     {
         Detached detached;
-        cache_of(self).complete_io(nullptr, first, {first, count}, 0, 0, own);
+        cache_of(self).complete_io(nullptr, first, {first, count}, 0, 0, own, owner);
     }
     Py_RETURN_NONE;
 }
 
 PyObject* abort_io(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
-    uint64_t first;
+    uint64_t first, frames;
     uint32_t count;
-    if (!unpack("abort_io", args, nargs, first, count) || !to_run(first, count)) return nullptr;
+    uint16_t owner;
+    if (!unpack("abort_io", args, nargs, first, count, frames, owner) || !to_run(first, count)) return nullptr;
     {
         Detached detached;
-        cache_of(self).abort_io({first, count});
+        cache_of(self).abort_io({first, count}, frames, owner);
     }
     Py_RETURN_NONE;
 }
@@ -173,11 +176,12 @@ PyObject* abort_io(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 PyObject* reclaim(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t count;
     bool thorough;
-    if (!unpack("reclaim", args, nargs, count, thorough)) return nullptr;
+    uint32_t whose;
+    if (!unpack("reclaim", args, nargs, count, thorough, whose)) return nullptr;
     vm::FileCache::Reclaimed result;
     {
         Detached detached;
-        result = cache_of(self).reclaim(count, thorough);
+        result = cache_of(self).reclaim(count, thorough, whose);
     }
     return Py_BuildValue("(KK)", result.given, result.dirty);
 }
@@ -438,12 +442,13 @@ PyMethodDef methods[] = {
     {"begin_io", fast(begin_io), METH_FASTCALL,
      "begin_io(page, first, count): mark the absent run around page as in I/O; its (first, count), or (page, 0)."},
     {"complete_io", fast(complete_io), METH_FASTCALL,
-     "complete_io(hat, cpu, address, write, tracked, page, first, count, begin, end): the run is filled: resident, "
-     "waiters woken, and what of it lies in pages [begin, end) mapped."},
+     "complete_io(hat, cpu, address, write, tracked, page, first, count, begin, end, owner): the run is filled: "
+     "resident, waiters woken, and what of it lies in pages [begin, end) mapped. owner: the account of its frames."},
     {"begin_fill", fast(begin_fill), METH_FASTCALL,
      "begin_fill(first, count): the same with the first absent run in the range; (first, 0): there is none."},
     {"complete_prefetch", fast(complete_prefetch), METH_FASTCALL,
-     "complete_prefetch(first, count, own): the run is filled, and no fault waits to be mapped; own: it is dirty."},
+     "complete_prefetch(first, count, own, owner): the run is filled, and no fault waits to be mapped; own: it is "
+     "dirty."},
     {"share", share, METH_NOARGS, "An heir reads here from now on: no write passes without allow(); False: try again."},
     {"unshare", unshare, METH_NOARGS, "No heir any more."},
     {"generation", generation, METH_NOARGS, "Counts the calls of share()."},
@@ -454,10 +459,13 @@ PyMethodDef methods[] = {
     {"owned", fast(owned), METH_FASTCALL,
      "owned(all): the pages that are here alone, dirty or in swap space; all: and what else is resident."},
     {"stored", fast(stored), METH_FASTCALL, "stored(page): whether swap space has it."},
-    {"abort_io", fast(abort_io), METH_FASTCALL, "abort_io(first, count): the run is absent again, waiters woken."},
+    {"abort_io", fast(abort_io), METH_FASTCALL,
+     "abort_io(first, count, frames, owner): the run is absent again, the frames that were taken for it given back, "
+     "waiters woken."},
     {"reclaim", fast(reclaim), METH_FASTCALL,
-     "reclaim(count, thorough): evict up to so many clean pages by the policy; (frames given, dirty pages put in "
-     "line)."},
+     "reclaim(count, thorough, whose): evict up to so many clean pages by the policy; (frames given, dirty pages put "
+     "in "
+     "line). whose: an account's number, 0: of those above their shares, 65536: anybody's."},
     {"begin_write", fast(begin_write), METH_FASTCALL,
      "begin_write(first, count): the next dirty run of the range is protected, and the caller's to write: (first, "
      "count, busy pages before it)."},
@@ -519,7 +527,7 @@ PyObject* next_hint(PyObject* self, PyObject*) {
         hint = SelfHints::of(self).queue.next();
     }
     if (!hint) Py_RETURN_NONE;
-    return Py_BuildValue("(KK)", hint->id, hint->page);
+    return Py_BuildValue("(KKK)", hint->id, hint->page, hint->client);
 }
 
 PyObject* close_hints(PyObject* self, PyObject*) {
@@ -528,7 +536,7 @@ PyObject* close_hints(PyObject* self, PyObject*) {
 }
 
 PyMethodDef hint_methods[] = {
-    {"next", next_hint, METH_NOARGS, "Wait for a hint: (id, page); None once it is closed."},
+    {"next", next_hint, METH_NOARGS, "Wait for a hint: (id, page, client); None once it is closed."},
     {"close", close_hints, METH_NOARGS, "Let next() return None from now on."},
     {nullptr, nullptr, 0, nullptr},
 };

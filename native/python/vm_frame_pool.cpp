@@ -57,17 +57,27 @@ PyObject* promise_file(PyObject* self, PyObject* const* args, Py_ssize_t nargs) 
 PyObject* allocate(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t frames;
     uint32_t number;
+    uint16_t owner;
     vm::Backing backing;
-    if (!unpack("allocate", args, nargs, frames, number) || !to_backing(number, backing)) return nullptr;
-    return PyLong_FromLong(long(pool_of(self).allocate(frames, backing)));
+    if (!unpack("allocate", args, nargs, frames, number, owner) || !to_backing(number, backing)) return nullptr;
+    vm::FramePool::Grant grant;
+    {
+        Detached detached;  // a census may be under way
+        grant = pool_of(self).allocate(frames, backing, owner);
+    }
+    return PyLong_FromLong(long(grant));
 }
 
 PyObject* release(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t frames;
     uint32_t number;
+    uint16_t owner;
     vm::Backing backing;
-    if (!unpack("release", args, nargs, frames, number) || !to_backing(number, backing)) return nullptr;
-    pool_of(self).release(frames, backing);
+    if (!unpack("release", args, nargs, frames, number, owner) || !to_backing(number, backing)) return nullptr;
+    {
+        Detached detached;
+        pool_of(self).release(frames, backing, owner);
+    }
     Py_RETURN_NONE;
 }
 
@@ -85,11 +95,12 @@ PyObject* wait(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     return PyBool_FromLong(changed);
 }
 
-PyObject* usage(PyObject* self, PyObject*) {
-    const vm::FramePool::Usage u = pool_of(self).usage();
+PyObject* dict_of(const vm::FramePool::Usage& u) {
     return Py_BuildValue("{sKsKsKsKsKsK}", "budget", u.budget, "file", u.file, "reserved", u.reserved, "overcommitted",
                          u.overcommitted, "promised_anonymous", u.promised_anonymous, "promised_file", u.promised_file);
 }
+
+PyObject* usage(PyObject* self, PyObject*) { return dict_of(pool_of(self).usage()); }
 
 PyObject* free_frames(PyObject* self, PyObject*) { return PyLong_FromUnsignedLongLong(pool_of(self).free()); }
 PyObject* enough(PyObject* self, PyObject*) { return PyLong_FromUnsignedLongLong(pool_of(self).enough()); }
@@ -128,18 +139,47 @@ PyObject* above_share(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     return PyBool_FromLong(pool_of(self).accounts().above_share(number));
 }
 
-PyObject* refresh_shares(PyObject* self, PyObject*) {
-    pool_of(self).accounts().refresh();
-    Py_RETURN_NONE;
+PyObject* refresh_shares(PyObject* self, PyObject*) { return PyBool_FromLong(pool_of(self).accounts().refresh()); }
+
+PyObject* census(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    PyObject* list;
+    if (!unpack("census", args, nargs, list)) return nullptr;
+    const Ref caches = Ref::steal(PySequence_Tuple(list));
+    if (!caches) return nullptr;
+    std::vector<const vm::FileCache*> natives;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(caches.get()); ++i) {
+        FileCacheValue* value = checked<FileCacheValue>(PyTuple_GET_ITEM(caches.get(), i), vm_types.file_cache);
+        if (!value) return nullptr;
+        natives.push_back(&value->cache);
+    }
+    vm::FileCache::Tally tally;
+    vm::FramePool::Census census;
+    {
+        Detached detached;
+        census = pool_of(self).census([&] {
+            for (const vm::FileCache* cache : natives) cache->tally(tally);
+        });
+    }
+    Ref accounts = Ref::steal(PyDict_New());
+    if (!accounts) return nullptr;
+    for (const auto& [number, charged] : census.charged) {
+        const Ref key = Ref::steal(PyLong_FromLong(number));
+        const Ref value = Ref::steal(Py_BuildValue("(LK)", (long long)charged, tally.resident[number]));
+        if (!key || !value || PyDict_SetItem(accounts.get(), key.get(), value.get()) < 0) return nullptr;
+        tally.resident.erase(number);
+    }
+    uint64_t orphans = 0;
+    for (const auto& [number, pages] : tally.resident) orphans += pages;
+    return Py_BuildValue("(NNKK)", dict_of(census.usage), accounts.release(), orphans, tally.moving);
 }
 
 // Account
 
 using SelfAccount = Holder<AccountValue>;
 
-// nullptr with an exception when it is closed.
+// nullptr with an exception when it is closed. Within a request of the runtime: others may close it.
 vm::Account* account_of(PyObject* self) {
-    vm::Account* account = SelfAccount::of(self).account;
+    vm::Account* account = SelfAccount::of(self).account.load();
     if (!account) PyErr_SetString(PyExc_ValueError, "the account is closed");
     return account;
 }
@@ -170,6 +210,7 @@ PyObject* make_account(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
 
 PyObject* charge(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t frames;
+    const runtime::Within within;
     vm::Account* account = account_of(self);
     if (!account || !unpack("charge", args, nargs, frames)) return nullptr;
     return PyBool_FromLong(frames <= vm::Account::kNoLimit && account->charge(frames));
@@ -177,6 +218,7 @@ PyObject* charge(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 
 PyObject* uncharge(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t frames;
+    const runtime::Within within;
     vm::Account* account = account_of(self);
     if (!account || !unpack("uncharge", args, nargs, frames)) return nullptr;
     if (frames > vm::Account::kNoLimit) {
@@ -188,20 +230,22 @@ PyObject* uncharge(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 }
 
 PyObject* number(PyObject* self, PyObject*) {
+    const runtime::Within within;
     vm::Account* account = account_of(self);
     return account ? PyLong_FromLong(account->id()) : nullptr;
 }
 PyObject* used(PyObject* self, PyObject*) {
-    vm::Account* account = account_of(self);
-    return account ? PyLong_FromUnsignedLongLong(account->used()) : nullptr;
+    const runtime::Within within;
+    const vm::Account* account = SelfAccount::of(self).account.load();
+    return PyLong_FromUnsignedLongLong(account ? account->used() : 0);
 }
 PyObject* limit(PyObject* self, PyObject*) {
-    vm::Account* account = account_of(self);
-    if (!account) return nullptr;
-    if (account->limit() == vm::Account::kNoLimit) Py_RETURN_NONE;
-    return PyLong_FromUnsignedLongLong(account->limit());
+    const uint64_t frames = SelfAccount::of(self).limit;
+    if (frames == vm::Account::kNoLimit) Py_RETURN_NONE;
+    return PyLong_FromUnsignedLongLong(frames);
 }
 PyObject* share(PyObject* self, PyObject*) {
+    const runtime::Within within;
     vm::Account* account = account_of(self);
     return account ? PyLong_FromUnsignedLongLong(SelfAccount::of(self).accounts.share(*account)) : nullptr;
 }
@@ -216,7 +260,7 @@ PyMethodDef account_methods[] = {
      "charge(frames): count them as the client's; False when its limit is less."},
     {"uncharge", fast(uncharge), METH_FASTCALL, "uncharge(frames): they are its no more."},
     {"number", number, METH_NOARGS, "What descriptors of pages call the account: 1 to 65535."},
-    {"used", used, METH_NOARGS, "Frames charged; exact while nobody charges."},
+    {"used", used, METH_NOARGS, "Frames charged, exact while nobody charges; 0 once it is closed."},
     {"limit", limit, METH_NOARGS, "How many it may have, or None."},
     {"share", share, METH_NOARGS, "How many are its share of the budget at this moment."},
     {"close", close_account, METH_NOARGS, "Nothing is charged any more; the number is free once all is given back."},
@@ -227,8 +271,11 @@ PyMethodDef methods[] = {
     {"reserve", fast(reserve), METH_FASTCALL, "Promise frames to anonymous memory; False when they cannot be had."},
     {"unreserve", fast(unreserve), METH_FASTCALL, "Take a promise to anonymous memory back."},
     {"promise_file", fast(promise_file), METH_FASTCALL, "Keep room for a file page of so many frames."},
-    {"allocate", fast(allocate), METH_FASTCALL, "Take frames for a backing: 0 granted, 1 reclaim first, 2 exhausted."},
-    {"release", fast(release), METH_FASTCALL, "Give frames back."},
+    {"allocate", fast(allocate), METH_FASTCALL,
+     "allocate(frames, backing, owner): take frames, charged to the account of this number: 0 granted, 1 reclaim "
+     "first, "
+     "2 exhausted, 3 the account is at its limit, or closed."},
+    {"release", fast(release), METH_FASTCALL, "release(frames, backing, owner): give frames back."},
     {"changes", changes, METH_NOARGS, "Releases and completions so far, for wait()."},
     {"wait", fast(wait), METH_FASTCALL, "Wait until changes() differs from the number given, or a timeout in ms."},
     {"usage", usage, METH_NOARGS, "Frames in use and promised, by kind."},
@@ -247,7 +294,10 @@ PyMethodDef methods[] = {
     {"uncharge", fast(uncharge_number), METH_FASTCALL, "uncharge(number, frames): give back what an account has."},
     {"above_share", fast(above_share), METH_FASTCALL,
      "above_share(number): whether the account had more than its share at the last refresh_shares()."},
-    {"refresh_shares", refresh_shares, METH_NOARGS, "Compare all accounts with their shares."},
+    {"refresh_shares", refresh_shares, METH_NOARGS, "Compare all accounts with their shares; whether any is above."},
+    {"census", fast(census), METH_FASTCALL,
+     "census(caches): at one moment (usage, {account: (frames charged, pages resident)}, resident pages of no account, "
+     "descriptors of pages in I/O, or that are coming or going)."},
     {nullptr, nullptr, 0, nullptr},
 };
 

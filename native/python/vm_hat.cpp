@@ -64,6 +64,13 @@ PyObject* add_window(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     return PyBool_FromLong(hat_of(self).add_window(cpu, base, length, canonical, follows));
 }
 
+PyObject* charge_to(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint16_t account;
+    if (!unpack("charge_to", args, nargs, account)) return nullptr;
+    hat_of(self).charge_to(account);
+    Py_RETURN_NONE;
+}
+
 PyObject* remove_window(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t base;
     if (!unpack("remove_window", args, nargs, base)) return nullptr;
@@ -147,6 +154,7 @@ PyObject* record(PyObject* self, PyObject*) {
 PyMethodDef base_methods[] = {
     {"add_window", fast(add_window), METH_FASTCALL,
      "add_window(cpu, base, length, canonical, follows): False when it overlaps another."},
+    {"charge_to", fast(charge_to), METH_FASTCALL, "charge_to(account): whose the pages are that its faults bring in."},
     {"remove_window", fast(remove_window), METH_FASTCALL, "remove_window(base): False when there is none."},
     {"canonical", fast(canonical), METH_FASTCALL,
      "canonical(cpu, address): which address of its region a window address shows, or None."},

@@ -211,6 +211,15 @@ def serve(
     policy: Annotated[
         str, typer.Option(metavar="NAME", help="Which pages are given back first: fifo, clock or s3fifo.")
     ] = "fifo",
+    client_limit: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="Memory that the pages of one client may take.",
+            show_default="none but its share when memory is short",
+        ),
+    ] = None,
     supervise: Annotated[
         bool, typer.Option("--supervise", help="If it dies, start another that goes on with its clients.")
     ] = False,
@@ -245,6 +254,7 @@ def serve(
         adapt=adapt,
         swap=swap,
         policy=policy,
+        client_limit=client_limit,
     )
 
 
@@ -298,6 +308,31 @@ def compress(
     except OSError as error:
         raise error if isinstance(error, Error) else Error(f"{error.filename or file}: {error.strerror}") from error
     Console().print(f"{escape(str(target))}: {decimal(read)} in {decimal(written)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def stat(
+    socket: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Where the kernel listens; by default the user's own.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Have it look whether all its frames are accounted for; 1 if not.")
+    ] = False,
+) -> None:
+    """Show what a running kernel counts: its frames, its clients and the files they map."""
+    from k42.vm import _show, connect, protocol
+
+    with connect(socket or protocol.default_socket()) as client:
+        if not check:
+            Console(soft_wrap=True).print(_show.tables(client.stat()))
+            return
+        good, bad = client.check()
+    for text in good:
+        print(f"ok: {text}")
+    for text in bad:
+        print(f"VIOLATED: {text}")
+    if bad:
+        raise typer.Exit(1)
 
 
 @app.command()

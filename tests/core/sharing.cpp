@@ -171,6 +171,8 @@ Shared shared_by_two(Objects objects, bool zero_fill) {
     CHECK(pool.reserve(kPages));
     RegionMap map(objects.process);
     auto* hat = new NoHat(1, &map, 2);
+    Account* const account = pool.accounts().open(std::nullopt, objects.frames);
+    hat->charge_to(account->id());
     auto region = std::make_unique<Region>(kStart, kPages, 0, 1, 1, false, &cache, hat);
     region->gate.distribute(objects.region);
     CHECK(map.insert(kStart, kStart + kPages * kPageSize, region.get()));
@@ -213,7 +215,8 @@ Shared shared_by_two(Objects objects, bool zero_fill) {
     shared.lines = common.size();
     for (uintptr_t line : locked[0]) shared.locks += locked[1].count(line);
     cache.detach(region.get());
-    CHECK(pool.check());
+    CHECK(pool.check() && account->check());
+    CHECK_EQUAL(account->used(), cache.counts().resident);
     hat->release();
     return shared;
 }

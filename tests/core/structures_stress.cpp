@@ -483,7 +483,7 @@ void account_numbers() {
     begin("account_numbers");
     FramePool pool(100, true);
     Accounts& accounts = pool.accounts();
-    CHECK(accounts.above_share(0) && !accounts.find(0));
+    CHECK(accounts.above_share(0) && accounts.find(0)->used() == 0);
     for (int round = 0; round < 70'000; ++round) {
         Account* account = accounts.open(std::nullopt, round % 2);
         CHECK(account && account->id() > 0 && accounts.find(account->id()) == account);
@@ -495,18 +495,19 @@ void account_numbers() {
     CHECK(greedy->charge(60) && modest->charge(10) && !modest->charge(1));
     accounts.refresh();
     CHECK(accounts.above_share(number) && !accounts.above_share(modest->id()));
-    CHECK(accounts.share(*greedy) == 50 && accounts.share(*modest) == 10);
-    greedy->uncharge(10);
+    CHECK(accounts.share(*greedy) == 46 && accounts.share(*modest) == 10);
+    CHECK(accounts.excess(number) == 14 && accounts.excess(modest->id()) == 0);
+    greedy->uncharge(20);
     accounts.refresh();
     CHECK(!accounts.above_share(number));
     accounts.close(greedy);
-    CHECK(!greedy->charge(1) && accounts.above_share(number));  // its 50 frames are still there
+    CHECK(!greedy->charge(1) && accounts.above_share(number));  // its 40 frames are still there
     for (int round = 0; round < 200; ++round) {
         Account* other = accounts.open(std::nullopt, true);
         CHECK(other->id() != number);
         accounts.close(other);
     }
-    in_threads(2, [&](int) { accounts.uncharge(number, 25); });
+    in_threads(2, [&](int) { accounts.uncharge(number, 20); });
     accounts.refresh();
     CHECK(!accounts.find(number));
     accounts.close(modest);

@@ -1,6 +1,11 @@
 // Who has how many frames (paper 4.2, the PM of each process): an account for each client, with a limit if it has one,
 // and a table of all, in which a page's descriptor names its account by 16 bits.
 //
+// A page is charged to the client for which it was brought in (to who touches it first, if many do), by way of the pool
+// (frame_pool.hpp), which takes and charges frames at one moment. It stays on this account until it goes; what nobody
+// is there for any more (pages of a client that has gone, of read-ahead for it, of a kernel before) goes to the next
+// client that touches it.
+//
 // Frames are charged where they are taken and uncharged where they are given back, on whatever processor: both are
 // local to it (see quota.hpp), and the limit is exact all the same.
 #pragma once
@@ -14,6 +19,7 @@
 #include <mutex>
 #include <new>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "alloc/allocator.hpp"
@@ -39,6 +45,8 @@ class alignas(runtime::apart) Account {
     uint64_t used() const { return uint64_t(quota_.counted(0)); }
     uint64_t limit() const { return limit_; }
     uint16_t id() const { return id_; }
+    // Whether its client is there.
+    bool open() const { return open_.load(std::memory_order_relaxed); }
 
     // At one moment: what is charged and what is left are the limit.
     bool check() const {
@@ -56,6 +64,8 @@ class alignas(runtime::apart) Account {
 
     const uint16_t id_;
     const uint64_t limit_;
+    std::atomic<bool> open_{true};
+    std::atomic<uint64_t> share_{kNoLimit};  // at the last look; 0: it has none
     Quota<1, 1> quota_;
 };
 
@@ -63,9 +73,12 @@ class alignas(runtime::apart) Account {
 // can have read it.
 class Accounts {
   public:
-    explicit Accounts(uint64_t budget)
-        : budget_(budget), above_(zeroes<std::atomic<bool>>()), accounts_(zeroes<std::atomic<Account*>>()) {
-        above_[0].store(true, std::memory_order_relaxed);
+    // `shared`: the frames that all shares together are.
+    Accounts(uint64_t shared, bool distributed)
+        : shared_(shared), accounts_(zeroes<std::atomic<Account*>>()), nobody_(0, Account::kNoLimit, distributed) {
+        nobody_.open_.store(false, std::memory_order_relaxed);
+        nobody_.share_.store(0, std::memory_order_relaxed);
+        accounts_[0].store(&nobody_, std::memory_order_relaxed);
     }
     Accounts(const Accounts&) = delete;
     Accounts& operator=(const Accounts&) = delete;
@@ -86,7 +99,6 @@ class Accounts {
             return nullptr;
         }
         auto* account = alloc::make<Account, alloc::Kind::padded>(id, limit.value_or(Account::kNoLimit), distributed);
-        above_[id].store(false, std::memory_order_relaxed);
         accounts_[id].store(account, std::memory_order_release);
         open_.push_back(account);
         return account;
@@ -99,12 +111,13 @@ class Accounts {
             std::lock_guard guard(lock_);
             std::erase(open_, account);
             closed_.push_back(account);
-            above_[account->id()].store(true, std::memory_order_relaxed);
+            account->open_.store(false, std::memory_order_relaxed);
+            account->share_.store(0, std::memory_order_relaxed);
         }
         sweep();
     }
 
-    // The account with this number, for the request of the runtime that runs; nullptr for 0.
+    // The account with this number, for the request of the runtime that runs; nullptr: no account, now.
     Account* find(uint16_t id) const { return accounts_[id].load(std::memory_order_acquire); }
 
     // Gives a page's frame back, for whoever it was charged to.
@@ -113,33 +126,76 @@ class Accounts {
         if (Account* account = find(id)) account->uncharge(frames);
     }
 
-    // Whether the account had more than its share when `refresh` was last called: then its pages go first. A closed one
-    // and nobody have no share. A read of one byte.
-    bool above_share(uint16_t id) const { return above_[id].load(std::memory_order_relaxed); }
+    // How many frames the account has beyond its share, as `refresh` found that last: so many of its pages may go
+    // before others'. Nobody has no share, nor has a client that has gone.
+    uint64_t excess(uint16_t id) const {
+        const runtime::Within within;
+        const Account* account = find(id);
+        if (!account) return 0;
+        const uint64_t used = account->used();
+        const uint64_t share = account->share_.load(std::memory_order_relaxed);
+        return used > share ? used - share : 0;
+    }
+    bool above_share(uint16_t id) const { return id == 0 || excess(id) > 0; }
 
-    // Compares each account with its share: an equal part of the budget for each client, or its limit if that is less;
-    // and frees the numbers of those that are closed and empty. By whoever looks for pages to evict, before it does.
-    void refresh() {
+    // Takes all shares anew, and frees the numbers of those that are closed and empty. Whether anybody has more than
+    // his share. By whoever looks for pages to evict, before it does.
+    bool refresh() {
         sweep();
         std::lock_guard guard(lock_);
-        for (const Account* account : open_) {
-            above_[account->id()].store(account->used() > share_locked(*account), std::memory_order_relaxed);
+        const uint64_t active = active_locked();
+        std::vector<uint16_t> above;
+        for (Account* account : open_) {
+            const uint64_t share = std::min(account->limit(), shared_ / std::max<uint64_t>(active, 1));
+            account->share_.store(share, std::memory_order_relaxed);
+            if (account->used() > share) above.push_back(account->id());
         }
+        for (const Account* account : closed_) above.push_back(account->id());
+        if (nobody_.used() > 0) above.push_back(0);
+        if (above != above_) {
+            above_ = std::move(above);
+            version_.fetch_add(1, std::memory_order_relaxed);
+        }
+        return !above_.empty();
     }
+    // Changes when `refresh` finds that others than before have more than their shares.
+    uint64_t version() const { return version_.load(std::memory_order_relaxed); }
 
+    // An equal part for each client that has any page, but not more than its limit.
     uint64_t share(const Account& account) const {
         std::lock_guard guard(lock_);
-        return share_locked(account);
+        const uint64_t active = active_locked() + (account.used() == 0);
+        return std::min(account.limit(), shared_ / std::max<uint64_t>(active, 1));
     }
 
     // Whether all accounts are as their limits say, and how many are open.
     bool check() const {
         std::lock_guard guard(lock_);
-        return std::all_of(open_.begin(), open_.end(), [](const Account* account) { return account->check(); });
+        return nobody_.check() &&
+               std::all_of(open_.begin(), open_.end(), [](const Account* account) { return account->check(); });
     }
     size_t size() const {
         std::lock_guard guard(lock_);
         return open_.size();
+    }
+
+    // What is charged to each account that has anything, or is open; for who sees to it that nobody charges meanwhile.
+    std::vector<std::pair<uint16_t, int64_t>> charged() const {
+        std::lock_guard guard(lock_);
+        std::vector<std::pair<uint16_t, int64_t>> all{{0, nobody_.quota_.balance().counts[0]}};
+        for (const auto* accounts : {&open_, &closed_}) {
+            for (const Account* account : *accounts) {
+                all.emplace_back(account->id(), account->quota_.balance().counts[0]);
+            }
+        }
+        return all;
+    }
+
+    // Changes the form of all; charges go on.
+    void distribute(bool distributed) {
+        std::lock_guard guard(lock_);
+        nobody_.distribute(distributed);
+        for (Account* account : open_) account->distribute(distributed);
     }
 
   private:
@@ -175,8 +231,8 @@ class Accounts {
         std::shared_ptr<Freed> freed;
     };
 
-    uint64_t share_locked(const Account& account) const {
-        return std::min<uint64_t>(account.limit(), budget_ / std::max<size_t>(open_.size(), 1));
+    uint64_t active_locked() const {
+        return uint64_t(std::count_if(open_.begin(), open_.end(), [](const Account* a) { return a->used() > 0; }));
     }
 
     void sweep() {
@@ -202,11 +258,13 @@ class Accounts {
         if (!empty.empty()) runtime::flush();
     }
 
-    const uint64_t budget_;
-    const Zeroes<std::atomic<bool>> above_;         // read by every look for a victim; written by `refresh`
+    const uint64_t shared_;
     const Zeroes<std::atomic<Account*>> accounts_;  // by number
-    mutable std::mutex lock_;                       // protects what follows; before the accounts' own
+    Account nobody_;
+    std::atomic<uint64_t> version_{1};  // of above_; written with lock_ held
+    mutable std::mutex lock_;           // protects what follows; before the accounts' own
     std::vector<Account*> open_, closed_;
+    std::vector<uint16_t> above_;  // who had more than his share at the last `refresh`
     size_t unused_ = 1;
     const std::shared_ptr<Freed> freed_ = std::make_shared<Freed>();
 };

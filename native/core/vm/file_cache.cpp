@@ -131,7 +131,29 @@ void FileCache::note_use(const FaultAt& fault, Page** pages, uint32_t count) con
     }
 }
 
-void FileCache::give_hint(Run mapped) {
+// Pages of nobody, or of a client that has gone, become those of the client that uses them now, if its limit allows.
+void FileCache::adopt(const FaultAt& fault, Page** pages, uint32_t count) {
+    const uint16_t mine = fault.hat->account();
+    if (mine == 0) return;
+    for (uint32_t i = 0; i < count; ++i) {
+        if (pages[i]->owner() == mine) continue;
+        const FramePool::Transfer transfer(*pool_);
+        Account* const before = pool_->accounts().find(pages[i]->owner());
+        Account* const now = pool_->accounts().find(mine);
+        if (!before || before->open() || !now || !now->charge(1)) continue;
+        pages[i]->set_owner(mine);
+        before->uncharge(1);
+    }
+}
+
+// Of those whose pages are not asked for; `going`: so many pages are as good as evicted.
+bool FileCache::spared(const Page& page, uint32_t whose, uint64_t going) const {
+    if (whose == kAnybodys) return false;
+    if (whose != kAboveShare) return page.owner() != whose;
+    return pool_->accounts().excess(page.owner()) <= going;
+}
+
+void FileCache::give_hint(const FaultAt& fault, Run mapped) {
     // Acquire: pairs with the release in set_marker(), after which the page, the queue and the number are there.
     for (uint32_t left = markers_.set.load(std::memory_order_acquire); left != 0; left &= left - 1) {
         const int slot = std::countr_zero(left);
@@ -141,7 +163,8 @@ void FileCache::give_hint(Run mapped) {
         // reader comes to a page that is absent, and is read ahead for again.
         const uint32_t bit = 1u << slot;
         if (!(markers_.set.fetch_and(~bit, std::memory_order_acq_rel) & bit)) continue;
-        markers_.hints.load(std::memory_order_relaxed)->push({markers_.id.load(std::memory_order_relaxed), page});
+        const uint64_t id = markers_.id.load(std::memory_order_relaxed);
+        markers_.hints.load(std::memory_order_relaxed)->push({id, page, fault.hat->id()});
     }
 }
 
@@ -165,7 +188,8 @@ void FileCache::set_marker(HintQueue* queue, uint64_t id, uint64_t page) {
 }
 
 Outcome FileCache::zero_run(const FaultAt& fault, uint64_t page, Run run, Page** pages) {
-    if (pool_->allocate(run.count, backing_) != FramePool::Grant::granted) return Outcome::no_frame;
+    const uint16_t owner = fault.hat->account();
+    if (pool_->allocate(run.count, backing_, owner) != FramePool::Grant::granted) return Outcome::no_frame;
     const uint64_t start = fault.address - (page - run.first) * kPageSize;
     uint32_t done = 0;
     int error = 0;
@@ -182,6 +206,7 @@ Outcome FileCache::zero_run(const FaultAt& fault, uint64_t page, Run run, Page**
         }
         const auto made = uint32_t(result.done / kPageSize);
         for (uint32_t i = done; i < done + made; ++i) {
+            pages[i]->set_owner(owner);
             pages[i]->set_state(PageState::resident);
             make_dirty(pages[i], fault.cpu);
             if (replaceable()) {
@@ -197,7 +222,7 @@ Outcome FileCache::zero_run(const FaultAt& fault, uint64_t page, Run run, Page**
     cpu_counts_[fault.cpu].zero_filled.fetch_add(done, std::memory_order_relaxed);
     if (done == run.count) return Outcome::zero_filled;
     for (uint32_t i = done; i < run.count; ++i) write_journal(run.first + i, 0);
-    pool_->release(run.count - done, backing_);
+    pool_->release(run.count - done, backing_, owner);
     return page < run.first + done ? Outcome::zero_filled : settle(fault, error);
 }
 
@@ -222,8 +247,9 @@ Outcome FileCache::resolve_resident(const FaultAt& fault, Page* page, Run around
     const bool shared = heir_.load(std::memory_order_seq_cst);
     const bool writable = !fault.tracked || (shared ? fault.write : page->is(Page::kDirty));
     note_use(fault, pages, run.count);
+    adopt(fault, pages, run.count);
     const Run mapped = shared && writable && fault.tracked ? Run{page->index, 1} : run;
-    give_hint(mapped);
+    give_hint(fault, mapped);
     const Outcome outcome = map_run(fault, page->index, mapped, writable);
     if (outcome == Outcome::mapped && !shared) table_->copy(pages, run.count);
     table_->unlock(pages, run.count);
@@ -236,7 +262,7 @@ Outcome FileCache::resolve(const FaultAt& fault, uint64_t page, Run group, Run a
             table_->hold(page, around.first, around.count, fault.write && fault.tracked, cpu_bit(fault.cpu));
         held.count) {
         cpu_counts_[fault.cpu].mapped.fetch_add(1, std::memory_order_relaxed);
-        give_hint({held.first, held.count});
+        give_hint(fault, {held.first, held.count});
         const Outcome outcome = map_run(fault, page, {held.first, held.count}, !fault.tracked || held.dirty);
         table_->release(held);
         return outcome;
@@ -358,7 +384,8 @@ bool FileCache::wait_ending(uint64_t seen, std::chrono::milliseconds timeout) {
     return ending_.wait_for(guard, timeout, [&] { return endings_ != seen; });
 }
 
-Outcome FileCache::complete_io(const FaultAt* fault, uint64_t page, Run run, uint64_t begin, uint64_t end, bool own) {
+Outcome FileCache::complete_io(const FaultAt* fault, uint64_t page, Run run, uint64_t begin, uint64_t end, bool own,
+                               uint16_t owner) {
     Page* pages[kMaxGroup];
     table_->lock(run.first, run.count, pages);
     const uint64_t limit = this->pages();
@@ -367,6 +394,7 @@ Outcome FileCache::complete_io(const FaultAt* fault, uint64_t page, Run run, uin
     for (uint32_t i = 0; i < run.count; ++i) {
         if (run.first + i >= limit) break;  // the file shrank meanwhile
         zeros += fill_ == Fill::zero && !(journaled(run.first + i) & kStored);
+        pages[i]->set_owner(owner);
         pages[i]->set_state(PageState::resident);
         write_journal(run.first + i, uint8_t((journaled(run.first + i) & kStored) | kValid));
         if (own) make_dirty(pages[i], -1);
@@ -377,6 +405,7 @@ Outcome FileCache::complete_io(const FaultAt* fault, uint64_t page, Run run, uin
     if (lost) {
         punch(run.first + kept, lost);
         for (uint32_t i = kept; i < run.count; ++i) pages[i]->set_state(PageState::absent);
+        pool_->release(lost, backing_, owner);
     }
     if (fault) {
         cpu_counts_[fault->cpu].filled.fetch_add(kept - zeros, std::memory_order_relaxed);
@@ -406,16 +435,16 @@ Outcome FileCache::complete_io(const FaultAt* fault, uint64_t page, Run run, uin
     PageWaiter* waiters = take_waiters(pages, run.count);
     table_->unlock(pages, run.count);
     wake_all(waiters);
-    if (lost) pool_->release(lost, backing_);
     pool_->announce_reclaimable();
     ended();
     return outcome;
 }
 
-void FileCache::abort_io(Run run) {
+void FileCache::abort_io(Run run, uint64_t frames, uint16_t owner) {
     Page* pages[kMaxGroup];
     table_->lock(run.first, run.count, pages);
     punch(run.first, run.count);  // a fill that failed halfway has made some of the frames
+    if (frames) pool_->release(frames, backing_, owner);
     for (uint32_t i = 0; i < run.count; ++i) pages[i]->set_state(PageState::absent);
     PageWaiter* waiters = take_waiters(pages, run.count);
     table_->unlock(pages, run.count);
@@ -450,13 +479,17 @@ void FileCache::drop(Run run, Page** pages) {
             if (run.first + i - region.first_page < region.pages) region.hat->unmapped(region, run.first + i);
         }
     });
-    for (uint32_t i = 0; i < run.count; ++i) pages[i]->set_state(PageState::absent);
+    for (uint32_t i = 0, end; i < run.count; i = end) {
+        const uint16_t owner = pages[i]->owner();
+        for (end = i; end < run.count && pages[end]->owner() == owner; ++end) pages[end]->set_state(PageState::absent);
+        pool_->release(end - i, backing_, owner);
+    }
     if (dirty) cleaned_.fetch_add(dirty, std::memory_order_relaxed);
     evicted_.fetch_add(run.count, std::memory_order_relaxed);
 }
 
-void FileCache::look_at(const std::vector<Replacement::Candidate>& candidates, size_t begin, size_t end,
-                        Replacement& order, bool thorough, Reclaimed& result) {
+uint64_t FileCache::look_at(const std::vector<Replacement::Candidate>& candidates, size_t begin, size_t end,
+                            Replacement& order, bool thorough, uint32_t whose, Reclaimed& result) {
     const auto count = uint32_t(end - begin);
     const uint64_t first = candidates[begin].index;
     Page* pages[kMaxGroup];
@@ -466,6 +499,7 @@ void FileCache::look_at(const std::vector<Replacement::Candidate>& candidates, s
     // Neighbours that are treated alike go in one call.
     uint32_t evict = 0;
     uint32_t probe = 0;  // so many up to here
+    uint64_t sparing = 0;
     const auto flush = [&](uint32_t to) {
         if (evict) {
             drop({first + to - evict, evict}, pages + to - evict);
@@ -486,6 +520,12 @@ void FileCache::look_at(const std::vector<Replacement::Candidate>& candidates, s
         if (page->state() == PageState::absent) {
             flush(i);
             continue;  // it went in another way
+        }
+        if (spared(*page, whose, evict + result.dirty) && !page->is(Page::kLaundry)) {
+            flush(i);
+            order.put_back(candidate, Replacement::Verdict::spare);
+            ++sparing;
+            continue;
         }
         auto verdict = Replacement::Verdict::wait;
         const bool free =
@@ -525,30 +565,39 @@ void FileCache::look_at(const std::vector<Replacement::Candidate>& candidates, s
     }
     flush(count);
     table_->unlock(locked, count);
+    return sparing;
 }
 
-FileCache::Reclaimed FileCache::reclaim(uint64_t count, bool thorough) {
+FileCache::Reclaimed FileCache::reclaim(uint64_t count, bool thorough, uint32_t whose) {
     Reclaimed result{0, 0};
     const size_t parts = table_->parts();
     const size_t start = next_part_.fetch_add(1, std::memory_order_relaxed);
     std::vector<Replacement::Candidate> candidates;
     for (size_t k = 0; k < parts && result.given < count; ++k) {
         Replacement& order = table_->replacement((start + k) % parts);
-        // Each page is looked at three times at most: used, unmapped, still unused.
-        for (uint64_t looks = 3 * order.size(); looks > 0 && result.given < count;) {
+        // Of a large file that nobody has more than his share of the pages are not gone through again and again.
+        const uint64_t owners = whose == kAboveShare ? pool_->accounts().version() : 0;
+        if (owners && order.has_none(owners)) continue;
+        const uint64_t inserted = order.inserted();
+        const uint64_t all = order.size();
+        uint64_t sparing = 0;
+        // Each page is looked at three times at most: used, unmapped, still unused; or once, if it is to be spared.
+        uint64_t looks = 3 * all;
+        while (looks > 0 && sparing < all && result.given < count) {
             candidates.clear();
             order.next(std::min<uint64_t>({count - result.given, looks, kMaxGroup}), candidates);
             if (candidates.empty()) break;
-            looks -= candidates.size();
+            const uint64_t before = sparing;
             for (size_t i = 0; i < candidates.size();) {
                 size_t end = i + 1;
                 while (end < candidates.size() && candidates[end].index == candidates[end - 1].index + 1) ++end;
-                look_at(candidates, i, end, order, thorough, result);
+                sparing += look_at(candidates, i, end, order, thorough, whose, result);
                 i = end;
             }
+            looks -= candidates.size() - (sparing - before);
         }
+        if (owners && sparing >= all && looks == 3 * all) order.note_none(owners, inserted);
     }
-    if (result.given) pool_->release(result.given, backing_);
     return result;
 }
 
@@ -667,7 +716,6 @@ uint64_t FileCache::end_write(Run run, bool written, bool evict) {
     flush(run.count);
     if (written) written_.fetch_add(run.count, std::memory_order_relaxed);
     table_->unlock(locked, run.count);
-    if (given) pool_->release(given, backing_);
     ended();
     return given;
 }
@@ -697,6 +745,16 @@ std::vector<FileCache::Run> FileCache::dirty_runs(uint64_t first, uint64_t end) 
     });
 }
 
+void FileCache::tally(Tally& sum) const {
+    table_->each([&](const Page& page) {
+        if (const auto owner = page.resident_owner()) {
+            ++sum.resident[*owner];
+        } else {
+            ++sum.moving;
+        }
+    });
+}
+
 uint64_t FileCache::present(uint64_t first, uint64_t end) const {
     uint64_t count = 0;
     table_->each([&](const Page& page) {
@@ -707,7 +765,6 @@ uint64_t FileCache::present(uint64_t first, uint64_t end) const {
 
 uint64_t FileCache::discard(uint64_t first, uint64_t end, bool dirty) {
     uint64_t busy = 0;
-    uint64_t given = 0;
     for (const Run& run : runs_of([&](const Page& page) { return page.index >= first && page.index < end; })) {
         Page* pages[kMaxGroup];
         table_->lock(run.first, run.count, pages);
@@ -722,14 +779,12 @@ uint64_t FileCache::discard(uint64_t first, uint64_t end, bool dirty) {
                 continue;
             }
             if (going) drop({run.first + k - going, going}, pages + k - going);
-            given += going;
             going = 0;
             if (k < run.count && pages[k]->state() != PageState::absent) ++busy;
         }
         table_->unlock(locked, run.count);
     }
     if (dirty) forget_stored(first, std::min(end, this->pages()));
-    if (given) pool_->release(given, backing_);
     for (size_t part = 0; part < table_->parts(); ++part) {
         Replacement& order = table_->replacement(part);
         if (order.size() <= 2 * table_->size() + 1024) continue;

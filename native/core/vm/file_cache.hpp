@@ -105,11 +105,13 @@ class FileCache {
     Run begin_fill(Run within);
     // The run is filled: makes it resident, wakes those who waited; and with a `fault` maps for it what lies in the
     // pages [begin, end) that its region shows.
-    // `own`: no store has these bytes, nor a source for long; the pages are dirty.
-    Outcome complete_io(const FaultAt* fault, uint64_t page, Run run, uint64_t begin, uint64_t end, bool own = false);
-    // The run could not be filled: absent again and its frames gone (give them back to the pool after it, not before),
-    // those who waited try for themselves.
-    void abort_io(Run run);
+    // `own`: no store has these bytes, nor a source for long; the pages are dirty. `owner`: the account to which the
+    // frames were charged.
+    Outcome complete_io(const FaultAt* fault, uint64_t page, Run run, uint64_t begin, uint64_t end, bool own = false,
+                        uint16_t owner = 0);
+    // The run could not be filled: absent again, and so many frames that were taken for it are the pool's again; those
+    // who waited try for themselves.
+    void abort_io(Run run, uint64_t frames = 0, uint16_t owner = 0);
 
     // Takes frames back, by the policy of replacement: at most `count`. Dirty pages that would have to go stand in line
     // for take_laundry() instead.
@@ -117,7 +119,10 @@ class FileCache {
         uint64_t given;  // frames
         uint64_t dirty;  // pages put in line
     };
-    Reclaimed reclaim(uint64_t count, bool thorough);
+    // `whose`: the number of an account, whose pages alone go; or one of these.
+    static constexpr uint32_t kAboveShare = 0;  // of those that have more than their shares, down to these
+    static constexpr uint32_t kAnybodys = 1 << 16;
+    Reclaimed reclaim(uint64_t count, bool thorough, uint32_t whose = kAnybodys);
 
     // Writing back. The next run of dirty pages of the range that nobody writes yet: protected in all windows and the
     // caller's to write, until end_write(). `busy`: pages before it that others write, or that could not be protected.
@@ -163,6 +168,14 @@ class FileCache {
     // Keeps the frames of the run, all of which must be resident: false else. Pins count.
     bool pin(Run run);
     void unpin(Run run);
+
+    // How many resident pages stand on each account, and how many other descriptors there are: of pages in I/O, or that
+    // are just coming or going, each with a frame or without.
+    struct Tally {
+        std::map<uint16_t, uint64_t> resident;
+        uint64_t moving = 0;
+    };
+    void tally(Tally& sum) const;
 
     // How many pages of the range are there, or on their way.
     uint64_t present(uint64_t first, uint64_t end) const;
@@ -221,12 +234,15 @@ class FileCache {
         return !heir_.load(std::memory_order_seq_cst) || page->is(Page::kAllowed);
     }
     void note_use(const FaultAt& fault, Page** pages, uint32_t count) const;
-    void give_hint(Run mapped);
+    void adopt(const FaultAt& fault, Page** pages, uint32_t count);
+    bool spared(const Page& page, uint32_t whose, uint64_t going) const;
+    void give_hint(const FaultAt& fault, Run mapped);
     Writing begin_write_locked(Run within, Page** pages);
-    // Evicts this run of locked pages, clean or not; the frames are the pool's again when release_frames() is called.
+    // Evicts this run of locked pages, clean or not; their frames are the pool's again.
     void drop(Run run, Page** pages);
-    void look_at(const std::vector<Replacement::Candidate>& candidates, size_t begin, size_t end, Replacement& order,
-                 bool thorough, Reclaimed& result);
+    // How many were spared.
+    uint64_t look_at(const std::vector<Replacement::Candidate>& candidates, size_t begin, size_t end,
+                     Replacement& order, bool thorough, uint32_t whose, Reclaimed& result);
     template <typename Chosen>
     std::vector<Run> runs_of(Chosen&& chosen) const;
     template <typename Visit>

@@ -6,6 +6,9 @@
 // It also keeps the promises that make running out an error at creation, never a hang later: anonymous memory is
 // reserved when it is made, memory made with overcommit only ever uses what is not promised to others, and enough
 // for one page of every open file mapping is promised to files.
+//
+// A frame that is taken is charged to an account at the same moment (account.hpp), and both end at one moment: so what
+// is charged in all, and what is in use, are the same number whenever one looks (`census`).
 #pragma once
 
 #include <sys/eventfd.h>
@@ -20,6 +23,7 @@
 
 #include "structures/quota.hpp"
 #include "vm/account.hpp"
+#include "vm/region_gate.hpp"
 
 namespace k42::vm {
 
@@ -30,8 +34,9 @@ class alignas(runtime::apart) FramePool {
   public:
     enum class Grant {
         granted,
-        reclaim,   // none free now, on any processor: get file pages back, then ask again
-        exhausted  // none to be had for this backing until others give up theirs
+        reclaim,    // none free now, on any processor: get file pages back, then ask again
+        exhausted,  // none to be had for this backing until others give up theirs
+        limited     // the account would have more than its limit, or is closed: get pages of its own back
     };
 
     struct Usage {
@@ -46,7 +51,8 @@ class alignas(runtime::apart) FramePool {
         : budget_(budget),
           low_(std::min<uint64_t>(budget / 16, 16384)),  // 64 MiB is enough for any reclaim to keep ahead
           quota_({int64_t(budget), int64_t(budget)}, Account::chunk_of(budget), distributed),
-          accounts_(budget) {}
+          accounts_(budget - enough(), distributed),
+          transfers_(distributed) {}
     FramePool(const FramePool&) = delete;
     FramePool& operator=(const FramePool&) = delete;
     ~FramePool() {
@@ -75,17 +81,40 @@ class alignas(runtime::apart) FramePool {
         return true;
     }
 
-    // All `frames` or none, so that two who wait for frames never hold what the other needs.
-    Grant allocate(uint64_t frames, Backing backing) {
+    // Inside, frames and accounts may be changed together: a census sees both before or both after it. It never waits
+    // for anything but a census, which waits for nobody that could wait for who is inside. Not to be entered twice.
+    class Transfer {
+      public:
+        explicit Transfer(FramePool& pool) : pool_(pool) { pool_.transfers_.enter(); }
+        ~Transfer() { pool_.transfers_.leave(); }
+        Transfer(const Transfer&) = delete;
+        Transfer& operator=(const Transfer&) = delete;
+
+      private:
+        const runtime::Within within_;  // of the accounts that are found inside
+        FramePool& pool_;
+    };
+
+    // All `frames` or none, so that two who wait for frames never hold what the other needs. Charged to the account
+    // `owner`.
+    Grant allocate(uint64_t frames, Backing backing, uint16_t owner = 0) {
         if (frames > budget_) return backing == Backing::overcommitted ? Grant::exhausted : Grant::reclaim;
+        const Transfer transfer(*this);
+        Account* const account = accounts_.find(owner);
+        if (!account || !account->charge(frames)) return Grant::limited;
         const auto taken = quota_.take(int64_t(frames), kinds_of(backing), size_t(backing));
+        if (taken.lacks >= 0) account->uncharge(frames);
         if (taken.lacks == kUnpromised) return Grant::exhausted;
         if (taken.at_root) look_at_level(taken.lacks >= 0);
         return taken.lacks < 0 ? Grant::granted : Grant::reclaim;
     }
 
-    void release(uint64_t frames, Backing backing) {
-        if (quota_.put(int64_t(frames), kinds_of(backing), size_t(backing))) look_at_level(false);
+    void release(uint64_t frames, Backing backing, uint16_t owner = 0) {
+        {
+            const Transfer transfer(*this);
+            if (Account* account = accounts_.find(owner)) account->uncharge(frames);
+            if (quota_.put(int64_t(frames), kinds_of(backing), size_t(backing))) look_at_level(false);
+        }
         tell_waiters();
     }
 
@@ -135,6 +164,20 @@ class alignas(runtime::apart) FramePool {
                    int64_t(budget_);
     }
 
+    // What is charged and what is in use, while nobody takes or gives a frame; and what `count` counts meanwhile.
+    struct Census {
+        Usage usage;
+        std::vector<std::pair<uint16_t, int64_t>> charged;  // frames, by account
+    };
+    template <class Count>
+    Census census(Count&& count) {
+        transfers_.stop();
+        Census census{usage(), accounts_.charged()};
+        count();
+        transfers_.restart();
+        return census;
+    }
+
     uint64_t budget() const { return budget_; }
     // Frames that nobody uses; an estimate while others take and give.
     uint64_t free() const { return uint64_t(quota_.left(kFrames)); }
@@ -159,7 +202,11 @@ class alignas(runtime::apart) FramePool {
 
     bool distributed() const { return quota_.distributed(); }
     // Changes the form; allocations go on.
-    void distribute(bool distributed) { quota_.distribute(distributed); }
+    void distribute(bool distributed) {
+        quota_.distribute(distributed);
+        accounts_.distribute(distributed);
+        transfers_.distribute(distributed);
+    }
     uint64_t uses_by(const runtime::Processor& processor) const { return quota_.uses_by(processor); }
     Traffic traffic() const { return quota_.traffic(); }
 
@@ -213,6 +260,7 @@ class alignas(runtime::apart) FramePool {
     std::condition_variable changed_;
 
     Accounts accounts_;
+    RegionGate transfers_;  // every change of frames and accounts enters; before all locks here
 };
 
 }  // namespace k42::vm

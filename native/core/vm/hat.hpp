@@ -66,6 +66,9 @@ class Hat {
     // Which address of its region a window's address shows.
     std::optional<uint64_t> canonical(int cpu, uint64_t address) const;
     uint64_t id() const { return id_; }
+    // Whose account the pages stand on that its faults bring in; before the first fault.
+    void charge_to(uint16_t account) { account_ = account; }
+    uint16_t account() const { return account_; }
     int cpus() const { return int(parts_.size()); }
     RegionMap& regions() { return *regions_; }
 
@@ -115,6 +118,7 @@ class Hat {
     };
 
     const uint64_t id_;
+    uint16_t account_ = 0;
     RegionMap* const regions_;
     mutable ReplicatedIntervalMap<Window*> windows_;  // by address
     mutable std::vector<Part> parts_;                 // per CPU

@@ -11,8 +11,9 @@
 namespace k42::vm {
 
 struct Hint {
-    uint64_t id;    // whose, as set_marker() was told
-    uint64_t page;  // that was touched
+    uint64_t id;      // whose, as set_marker() was told
+    uint64_t page;    // that was touched
+    uint64_t client;  // by whom: the HAT's number
 };
 
 class HintQueue {

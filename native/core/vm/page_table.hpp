@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "structures/hash_table.hpp"
@@ -61,6 +62,12 @@ struct Page {
 
     // Whose account its frame stands on.
     uint16_t owner() const { return uint16_t(word.load(std::memory_order_relaxed) >> 16); }
+    // The same, of a page that is resident, for who has not locked it.
+    std::optional<uint16_t> resident_owner() const {
+        const uint32_t seen = word.load(std::memory_order_relaxed);
+        if (PageState(seen & kState) != PageState::resident) return std::nullopt;
+        return uint16_t(seen >> 16);
+    }
     void set_owner(uint16_t owner) { change(0xffff0000u, uint32_t(owner) << 16); }
 
     static constexpr uint32_t kState = 3;

@@ -58,6 +58,7 @@ class Replacement {
         probe,   // unmap it softly, and put it back
         rescue,  // it was used: forget its uses, and put it back
         wait,    // put it back
+        spare,   // put it back where it was: it is not the one to go
     };
     struct Candidate {
         uint64_t index;
@@ -71,6 +72,7 @@ class Replacement {
     // A page became resident.
     void insert(uint64_t index) {
         std::lock_guard guard(lock_);
+        ++inserted_;
         if (policy_ == Policy::s3fifo && ghosts_.erase(index)) {
             second_.push(index);
         } else {
@@ -99,6 +101,10 @@ class Replacement {
     void put_back(const Candidate& candidate, Verdict verdict) {
         std::lock_guard guard(lock_);
         bool second = candidate.second;
+        if (verdict == Verdict::spare) {
+            (second ? second_ : first_).push(candidate.index);
+            return;
+        }
         switch (policy_) {
             case Policy::fifo:
                 second = verdict != Verdict::rescue;
@@ -120,6 +126,22 @@ class Replacement {
         if (!ghosts_.insert(candidate.index).second) return;
         ghost_order_.push(candidate.index);
         while (ghost_order_.size() > first_.size() + second_.size() + 64) ghosts_.erase(ghost_order_.pop());
+    }
+
+    // For who looks for pages of some owners alone: how many pages have come so far; and a note, which holds until
+    // another page comes, that there are none of those whom `owners` (not 0) stands for.
+    uint64_t inserted() const {
+        std::lock_guard guard(lock_);
+        return inserted_;
+    }
+    void note_none(uint64_t owners, uint64_t inserted) {
+        std::lock_guard guard(lock_);
+        none_of_ = owners;
+        none_since_ = inserted;
+    }
+    bool has_none(uint64_t owners) const {
+        std::lock_guard guard(lock_);
+        return none_of_ == owners && none_since_ == inserted_;
     }
 
     // Pages in the queues; some may have gone meanwhile.
@@ -160,6 +182,8 @@ class Replacement {
     IndexQueue second_;
     std::unordered_set<uint64_t> ghosts_;
     IndexQueue ghost_order_;
+    uint64_t inserted_ = 0;
+    uint64_t none_of_ = 0, none_since_ = 0;
 };
 
 }  // namespace k42::vm

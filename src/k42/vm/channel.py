@@ -64,12 +64,10 @@ class Channels:
                 self._drop(channel)
                 if self._closed:
                     raise KernelUnavailable("this client is closed") from None
-                if self.supervised and message["op"] == "unpin":
-                    return {"ok": True}  # twice, it could end a pin of others; not at all, it ends with the mapping
                 if not used and not self.supervised:
                     raise KernelUnavailable(f"the kernel has gone away during {message['op']}") from error
-                # It ended with a kernel that another takes over from, now or long ago. All else that is asked for here
-                # may be done twice.
+                # It ended with a kernel that another takes over from, now or long ago. All that is asked for here
+                # may be done twice: a pin of ours too many ends with the mapping.
             except BaseException:
                 self._drop(channel)  # its answer, if any, is nobody's
                 raise

@@ -19,6 +19,7 @@ from k42.vm.caches import Cached, Caches, in_use
 from k42.vm.errors import ProtocolError, StoreError
 from k42.vm.fcm import FileCacheManager, asked_policy
 from k42.vm.files import open_store
+from k42.vm.pins import Pins
 from k42.vm.pm import PageManager
 from k42.vm.protocol import PAGE, Message
 from k42.vm.readahead import Advice
@@ -35,6 +36,9 @@ class Client(Protocol):
 
     pm: PageManager
 
+    def pins(self, region: int) -> Pins | None:
+        """What is pinned through the region at this address."""
+
     def cached(self, region: int) -> Cached | None:
         """What the region at this address shows."""
 
@@ -46,16 +50,23 @@ class Channel(threading.Thread):
         connection: after the request that made it a channel; taken over.
         client: whose it is.
         caches: the kernel's.
+        check: the kernel's `check`.
         ended: called at its end.
     """
 
     def __init__(
-        self, connection: socket.socket, client: Client, caches: Caches, ended: Callable[[Channel], None]
+        self,
+        connection: socket.socket,
+        client: Client,
+        caches: Caches,
+        check: Callable[[], tuple[list[str], list[str]]],
+        ended: Callable[[Channel], None],
     ) -> None:
         super().__init__(name="k42-channel", daemon=True)
         self._connection = connection
         self._client = client
         self._caches = caches
+        self._check = check
         self._ended = ended
 
     def close(self) -> None:
@@ -103,12 +114,15 @@ class Channel(threading.Thread):
         operation = message.get("op")
         if operation == "url_size":
             return self._open_url(message)
+        if operation == "check":
+            good, bad = self._check()
+            return {"good": good, "bad": bad}
         work = _WORK.get(str(operation))
         if work is None:
             raise ProtocolError(f"unknown request {operation!r} on a channel")
         cached = self._client.cached(int(message["region"]))
         with in_use(self._caches, cached) as fcm:
-            answer = work(fcm, self._client.pm, message)
+            answer = work(fcm, self._client, message)
             if cached is not None and operation in ("flush", "resize"):
                 self._caches.tell(cached)  # size and version
             return answer
@@ -132,44 +146,52 @@ def _range(fcm: FileCacheManager, message: Message) -> tuple[int, int]:
     return first, min(first + count, fcm.native().pages())
 
 
-def _flush(fcm: FileCacheManager, _: PageManager, message: Message) -> Message:
+def _flush(fcm: FileCacheManager, _: Client, message: Message) -> Message:
     fcm.flush(*_range(fcm, message))
     return {}
 
 
-def _prefetch(fcm: FileCacheManager, pm: PageManager, message: Message) -> Message:
-    return {"resident": fcm.prefetch(*_range(fcm, message), pm)}
+def _prefetch(fcm: FileCacheManager, client: Client, message: Message) -> Message:
+    return {"resident": fcm.prefetch(*_range(fcm, message), client.pm)}
 
 
-def _resize(fcm: FileCacheManager, _: PageManager, message: Message) -> Message:
+def _resize(fcm: FileCacheManager, _: Client, message: Message) -> Message:
     fcm.resize(int(message["size"]))
     return {"size": fcm.fr().size()}
 
 
-def _pin(fcm: FileCacheManager, pm: PageManager, message: Message) -> Message:
-    fcm.pin(*_range(fcm, message), pm)
+def _pins(client: Client, message: Message) -> Pins:
+    pins = client.pins(int(message["region"]))
+    if pins is None:
+        raise ProtocolError("no such region")
+    return pins
+
+
+def _pin(fcm: FileCacheManager, client: Client, message: Message) -> Message:
+    _pins(client, message).pin(*_range(fcm, message), client.pm)
     return {}
 
 
-def _unpin(fcm: FileCacheManager, _: PageManager, message: Message) -> Message:
-    fcm.unpin(*_range(fcm, message))
+def _unpin(fcm: FileCacheManager, client: Client, message: Message) -> Message:
+    _pins(client, message).unpin(*_range(fcm, message))
     return {}
 
 
-def _advise(fcm: FileCacheManager, pm: PageManager, message: Message) -> Message:
-    fcm.advise(*_range(fcm, message), Advice(str(message["advice"])), pm)
+def _advise(fcm: FileCacheManager, client: Client, message: Message) -> Message:
+    fcm.advise(*_range(fcm, message), Advice(str(message["advice"])), client.pm)
     return {}
 
 
-def _region_stat(fcm: FileCacheManager, _: PageManager, __: Message) -> Message:
+def _region_stat(fcm: FileCacheManager, client: Client, _: Message) -> Message:
     stat: dict[str, Any] = dict(fcm.stat())
     stat["name"] = str(stat["name"])[-1000:]
     stat["size"] = fcm.fr().size()
     stat["page"] = PAGE
+    stat["client"] = client.pm.stat()
     return {"stat": stat}
 
 
-_WORK: dict[str, Callable[[FileCacheManager, PageManager, Message], Message]] = {
+_WORK: dict[str, Callable[[FileCacheManager, Client, Message], Message]] = {
     "flush": _flush,
     "prefetch": _prefetch,
     "resize": _resize,

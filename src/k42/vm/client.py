@@ -86,6 +86,7 @@ class Client:
         homing: bool = True,
         sticky: bool = True,
         fork: Fork | None = None,
+        limit: int | None = None,
     ) -> None:
         # Protects the connection: one request and its reply at a time. Taken by finalizers only if it is free.
         self._lock = threading.Lock()
@@ -98,6 +99,7 @@ class Client:
         self._homing = homing
         self._sticky = sticky
         self._fork = fork
+        self._limit = limit
         self._uffds: dict[int, int] = {}  # CPU index to descriptor
         self._handed_over: set[int] = set()  # CPU indices whose userfaultfd the kernel has
         self._garbage: collections.deque[tuple[int, int]] = collections.deque()  # windows dropped without close()
@@ -113,9 +115,9 @@ class Client:
             connection.close()
             raise KernelUnavailable(f"the kernel there belongs to user {uid}, not to you")
         try:
-            reply, descriptors = self._exchange(
-                {"op": "hello", "version": protocol.VERSION, "homing": self._homing, "sticky": self._sticky}, ()
-            )
+            hello: Message = {"op": "hello", "version": protocol.VERSION}
+            hello |= {"homing": self._homing, "sticky": self._sticky, "limit": self._limit}
+            reply, descriptors = self._exchange(hello, ())
             if len(descriptors) != 2 or not {"pid", "budget", "cpus"} <= reply.keys():
                 protocol.close_all(descriptors)
                 raise ProtocolError("what listens there is no kernel of k42")
@@ -438,6 +440,9 @@ class Client:
     def stat(self) -> dict[str, Any]:
         """The kernel's counts: budget, frames in use by kind, faults, clients, file caches.
 
+        Of each client the frames that it has (``used``), its ``share``, below which no other client can push it, and
+        its ``limit``, if any.
+
         Raises:
             KernelUnavailable: the kernel is gone.
         """
@@ -446,6 +451,18 @@ class Client:
         if not isinstance(stat, dict):
             raise ProtocolError("the kernel's reply has no counts")
         return stat
+
+    def check(self) -> tuple[list[str], list[str]]:
+        """Has the kernel look whether all its frames are accounted for; at any time, under any load.
+
+        Returns:
+            What was found to hold, and what was not, as text. The latter is empty, or there is a bug in the kernel.
+
+        Raises:
+            KernelUnavailable: the kernel is gone.
+        """
+        reply = self._long_request({"op": "check"})
+        return reply["good"], reply["bad"]
 
     def close(self) -> None:
         """Closes all mappings and the connection. Twice is once.
@@ -622,6 +639,7 @@ def connect(
     homing: bool = True,
     sticky: bool = True,
     fork: Fork | None = None,
+    limit: int | None = None,
 ) -> Client:
     """Connects to a kernel.
 
@@ -636,9 +654,11 @@ def connect(
             and URLs in modes ``"r"`` and ``"r+"`` are opened again at the same addresses, so that arrays made of them
             go on; what is written to them is shared with the parent. Anonymous memory, snapshots and mode ``"c"`` stay
             the parent's, and pins, too. What cannot be opened is as with None, and a `ForkWarning` says why.
+        limit: bytes of memory that the pages of this client may take in the kernel; at its limit it gives back its own.
+            None, and at most: what the kernel allows any client.
 
     Raises:
-        ValueError: another `fork`.
+        ValueError: another `fork`; a limit below one page.
         KernelUnavailable: none listens there; it is of another version, or of another user.
         Unsupported: not Linux.
     """
@@ -648,7 +668,7 @@ def connect(
     dial = _dial if socket is not None else _dial_or_start
     for attempt in range(_TRIES):
         try:
-            return Client(dial(path), grace, homing=homing, sticky=sticky, fork=fork)
+            return Client(dial(path), grace, homing=homing, sticky=sticky, fork=fork, limit=limit)
         except KernelUnavailable as error:
             if attempt == _TRIES - 1 or not isinstance(error.__cause__, EOFError | OSError):
                 raise

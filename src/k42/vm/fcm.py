@@ -34,7 +34,7 @@ from k42.vm.fault import Fault
 from k42.vm.fr import FileRepresentative, SwapFR, ZeroFR
 from k42.vm.hat import Hat
 from k42.vm.io import IoQueue
-from k42.vm.pm import Backing, GlobalPageManager, PageManager
+from k42.vm.pm import ANYBODYS, Backing, GlobalPageManager, PageManager
 from k42.vm.protocol import MAX_GROUP, PAGE, Message, pages_of
 from k42.vm.readahead import Advice, Ahead, ReadAhead
 from k42.vm.snapshot import Node, SnapshotFR
@@ -143,8 +143,8 @@ class FileCacheManager(k42.Object):
         """
         raise NotImplementedError
 
-    def hinted(self, page: int) -> None:
-        """A fault mapped a page that bears the marker of read-ahead: the next window is due."""
+    def hinted(self, page: int, pm: PageManager | GlobalPageManager) -> None:
+        """A fault mapped a page that bears the marker of read-ahead: the next window is due, on the account of `pm`."""
         raise NotImplementedError
 
     def replaceable(self) -> bool:
@@ -159,8 +159,13 @@ class FileCacheManager(k42.Object):
         """How many pages the store does not have."""
         raise NotImplementedError
 
-    def give_back(self, frames: int) -> int:
-        """Evicts up to so many pages by the policy of replacement, dirty ones after their write-back; how many."""
+    def give_back(self, frames: int, whose: int = ANYBODYS) -> int:
+        """Evicts up to so many pages by the policy of replacement, dirty ones after their write-back; how many.
+
+        Args:
+            frames: how many.
+            whose: `ABOVE_SHARE`, `ANYBODYS`, or the number of an account, whose pages alone go.
+        """
         raise NotImplementedError
 
     def write_back(self, pages: int) -> int:
@@ -374,25 +379,25 @@ class SharedFCM(FileCacheManager):
                 return functools.partial(node.tree.submit, functools.partial(preserve, node))
             if outcome not in (Outcome.ABSENT, Outcome.NO_FRAME):
                 return None
-            first, count = cache.begin_io(page, *self._cluster(page, group))
+            first, count = cache.begin_io(page, *self._cluster(page, group, pm))
             if count:
                 break  # else another fault was faster: look again
 
-        def done() -> None:
+        def done(owner: int) -> None:
             completed = False
             with contextlib.suppress(k42.Destroyed), inside() as shown:
                 if shown:
-                    cache.complete_io(*at, page, first, count, *mappable)
+                    cache.complete_io(*at, page, first, count, *mappable, owner)
                     completed = True
             if not completed:
-                cache.complete_prefetch(first, count, False)
+                cache.complete_prefetch(first, count, False, owner)
 
         def submit() -> None:
             try:
                 self.root.queue.submit(lambda: self._fill(first, count, pm, done, failed))
             except RuntimeError as error:
                 # There is no thread; or the region went since we left its gate, and with it the last user of the cache.
-                cache.abort_io(first, count)
+                cache.abort_io(first, count, 0, 0)
                 failed(StoreError(str(error)))
                 return
             self._look_ahead(self.root.read_ahead.missed(first, count), pm)
@@ -416,9 +421,9 @@ class SharedFCM(FileCacheManager):
         with contextlib.suppress(StoreError, OutOfFrames, k42.Destroyed):  # whoever touches the pages will be told
             self._bring_in(first, end, pm)
 
-    def hinted(self, page: int) -> None:
-        """Reads ahead; see `FileCacheManager.hinted`. No client is charged for it."""
-        self._look_ahead(self.root.read_ahead.touched(page), self.root.global_pm)
+    def hinted(self, page: int, pm: PageManager | GlobalPageManager) -> None:
+        """Reads ahead; see `FileCacheManager.hinted`."""
+        self._look_ahead(self.root.read_ahead.touched(page), pm)
 
     def replaceable(self) -> bool:
         """Whether its pages can be given back."""
@@ -437,31 +442,31 @@ class SharedFCM(FileCacheManager):
         first: int,
         count: int,
         pm: PageManager | GlobalPageManager,
-        done: Callable[[], None],
+        done: Callable[[int], None],
         failed: Callable[[Exception], None],
     ) -> None:
-        """Fills a run that is marked as in I/O: frames first, then bytes; one of `done` and `failed` is called."""
+        """Fills a run that is marked as in I/O: frames, then bytes; calls `failed`, or `done` with the account."""
         root = self.root
-        frames = 0
+        frames = owner = 0
         try:
-            pm.allocate(count, root.backing)
+            owner = pm.allocate(count, root.backing)
             frames = count
             root.fr.fill(root.cache.memfd(), first, count)
         except BaseException as error:
-            root.cache.abort_io(first, count)  # before the release: what was filled already still takes frames
-            root.global_pm.release(frames, root.backing)  # not by `pm`, which goes with its process at any time
+            root.cache.abort_io(first, count, frames, owner)
             if not isinstance(error, Exception):
                 raise
+            # Destroyed: the client has gone. Others who wait for these pages try for themselves.
             if not isinstance(error, StoreError | OutOfFrames | k42.Destroyed):
                 log.exception("pages %d to %d of %s", first, first + count, root.fr.name())
                 error = StoreError(f"the kernel failed: {type(error).__name__}: {error}")
             failed(error)
         else:
-            done()
+            done(owner)
 
-    def _cluster(self, page: int, group: tuple[int, int]) -> tuple[int, int]:
+    def _cluster(self, page: int, group: tuple[int, int], pm: PageManager | GlobalPageManager) -> tuple[int, int]:
         """What to read at once: the group, or more where reading single pages would cost more than reading on."""
-        cluster = 1 if self.root.read_ahead.advice is Advice.RANDOM else self.root.cluster
+        cluster = 1 if self.root.read_ahead.advice is Advice.RANDOM else min(self.root.cluster, pm.cluster())
         if cluster <= group[1]:
             return group
         first = page - page % cluster
@@ -478,7 +483,7 @@ class SharedFCM(FileCacheManager):
         root = self.root
         cache = root.cache
         failures: list[Exception] = []
-        room = root.global_pm.prefetchable()
+        room = pm.prefetchable()
         while first < end and room > 0:
             within = min(end - first, MAX_GROUP, room)
             begun, got = cache.begin_fill(first, within)
@@ -491,12 +496,11 @@ class SharedFCM(FileCacheManager):
                 raise failures[0]
             first, room = begun + got, room - got
 
-    def give_back(self, frames: int) -> int:
+    def give_back(self, frames: int, whose: int = ANYBODYS) -> int:
         """Evicts pages; see `FileCacheManager.give_back`."""
         cache = self.root.cache
-        given, _ = cache.reclaim(
-            frames, self.root.read_ahead.advice is not Advice.SEQUENTIAL
-        )  # once is enough, in order
+        thorough = self.root.read_ahead.advice is not Advice.SEQUENTIAL  # once is enough, in order
+        given, _ = cache.reclaim(frames, thorough, whose)
         while given < frames and self._store_is_well():
             first, count = cache.take_laundry(min(_WRITE_PAGES, max(1, frames - given)))
             if not count:
@@ -667,10 +671,9 @@ class SharedFCM(FileCacheManager):
         try:
             root.fr.fill(root.cache.memfd(), page, 1)
         except BaseException:
-            root.cache.abort_io(page, 1)
-            root.global_pm.release(1, root.backing)
+            root.cache.abort_io(page, 1, 1, 0)
             raise
-        root.cache.complete_prefetch(page, 1, True)
+        root.cache.complete_prefetch(page, 1, True, 0)
 
     def discard_clean(self) -> None:
         """Forgets clean pages; see `FileCacheManager.discard_clean`."""

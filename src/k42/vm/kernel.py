@@ -32,6 +32,7 @@ from k42 import _native
 from k42.vm import protocol
 from k42.vm.adapt import LOOK, Adapter
 from k42.vm.caches import Cached, Caches
+from k42.vm.census import take_census
 from k42.vm.channels import MOST as MOST_CHANNELS
 from k42.vm.channels import Channel
 from k42.vm.credentials import forget_credentials
@@ -42,9 +43,10 @@ from k42.vm.fr import FileRepresentative
 from k42.vm.hat import Hat, UffdHat
 from k42.vm.ledger import Ledger, Left, new_records
 from k42.vm.pager import Pager
+from k42.vm.pins import Pins
 from k42.vm.pm import Backing, GlobalPageManager, PageManager, ProcessPM
 from k42.vm.process import Process
-from k42.vm.protocol import MAX_GROUP, PAGE, Message
+from k42.vm.protocol import MAX_GROUP, PAGE, Message, pages_of
 from k42.vm.region import Region
 from k42.vm.variants import Variants
 
@@ -52,7 +54,9 @@ log = logging.getLogger("k42.kernel")
 
 _WORKERS_PER_CPU = 2  # one may wait for frames that the other frees
 _MAX_LISTED = 64  # file caches whose counts `stat` gives
+_MAX_CLIENTS = 256  # that `stat` lists
 _MAX_NAME = 100  # characters, each up to 6 bytes in JSON
+_CHECKED_WITHIN = 5.0  # seconds
 _SPAN = 2 << 20  # bytes: what one page of a page table maps
 _FEW_SPANS = 1024  # a client may always have page tables for so many
 # Of one client. Each is far more than a program needs, and what one may have leaves room for others.
@@ -75,6 +79,7 @@ class _Mapped:
     start: int
     size: int
     record: Message  # what the next kernel is to know of it, but for the windows
+    pins: Pins
     windows: dict[int, int] = field(default_factory=dict)  # base address to CPU index
 
 
@@ -104,6 +109,7 @@ class _Client:
     regions: dict[int, _Mapped] = field(default_factory=dict)
     windows: int = 0
     caches: collections.Counter[Cached] = field(default_factory=collections.Counter)  # that regions show
+    reserved: int = 0  # frames promised to anonymous memory that it has made, while it shows it
     channels: set[Channel] = field(default_factory=set)
     heard: object = None  # the number of its last request, after a take-over
 
@@ -111,6 +117,11 @@ class _Client:
         """What the region at this address shows."""
         mapped = self.regions.get(region)
         return mapped.cached if mapped else None
+
+    def pins(self, region: int) -> Pins | None:
+        """What is pinned through the region at this address."""
+        mapped = self.regions.get(region)
+        return mapped.pins if mapped else None
 
 
 class Kernel:
@@ -125,10 +136,11 @@ class Kernel:
         sticky: keep a thread on its CPU while it faults.
         swap: write anonymous memory that was made with overcommit to a swap file when frames run out.
         policy: which pages are given back first, of files that nobody asked another policy for.
+        client_limit: bytes of memory that the pages of one client may take; None: no limit but the budget.
 
     Raises:
         KernelUnavailable: another kernel listens there already.
-        OutOfFrames: the budget is below one page.
+        OutOfFrames: the budget, or the limit, is below one page.
     """
 
     def __init__(
@@ -142,9 +154,12 @@ class Kernel:
         sticky: bool = True,
         swap: bool = True,
         policy: Policy = Policy.FIFO,
+        client_limit: int | None = None,
     ) -> None:
-        if budget < PAGE:
-            raise OutOfFrames(f"the budget must be at least one page of {PAGE} bytes, not {budget}")
+        for name, size in (("budget", budget), ("limit of a client", client_limit)):
+            if size is not None and size < PAGE:
+                raise OutOfFrames(f"the {name} must be at least one page of {PAGE} bytes, not {size}")
+        self._client_limit = None if client_limit is None else client_limit // PAGE
         self.budget = budget
         self.linger = linger
         self.cpus = sorted(os.sched_getaffinity(0))
@@ -352,12 +367,13 @@ class Kernel:
         while (hint := self._hints.next()) is not None:
             self._follow(*hint)
 
-    def _follow(self, number: int, page: int) -> None:
+    def _follow(self, number: int, page: int, client_id: int) -> None:
         fcm = self._caches.numbered(number)
-        if fcm is None:
+        client = self._clients.get(client_id)
+        if fcm is None or client is None:
             return
         try:
-            fcm.hinted(page)
+            fcm.hinted(page, client.pm)
         except k42.Destroyed:
             pass
         except Exception:
@@ -378,7 +394,7 @@ class Kernel:
         for client_id, record, (connection, *memory) in left.clients():
             numbers.append(client_id)
             newcomer = _Newcomer(socket.socket(fileno=connection), record["pid"])
-            client = self._make_client(client_id, newcomer, record["token"], tuple(memory))
+            client = self._make_client(client_id, newcomer, record["token"], record["limit"], tuple(memory))
             client.homing, client.sticky = record["homing"], record["sticky"]
             self._clients[client_id] = client
             self._selector.register(client.connection, selectors.EVENT_READ, client)
@@ -404,7 +420,8 @@ class Kernel:
         size, group = record["size"], record["group"]
         pages = (size // PAGE, record["first"], group, record["around"])
         region = self._variants.region.create(cached.fcm, client.hat, base, *pages, record["tracked"])
-        mapped = _Mapped(region, cached, record["writer"], base, size, record)
+        mapped = _Mapped(region, cached, record["writer"], base, size, record, self._pins(client, base, cached))
+        mapped.pins.restore(self._left.pins(client.id, base))
         if not client.process.attach_region(base, region):
             raise ProtocolError("the regions that were left overlap")
         for window, index in record["windows"].items():
@@ -413,8 +430,9 @@ class Kernel:
         cached.fcm.native().attach(region.native())
         client.regions[base] = mapped
         client.caches[cached] += 1
+        client.reserved += record["reserved"]
         if cached.fcm.replaceable():
-            self._make_room(group)
+            self._make_room(client, group)
 
     # Connections.
 
@@ -440,10 +458,10 @@ class Kernel:
         if len(self._newcomers) > _MOST_NEWCOMERS:
             self._disconnect(next(iter(self._newcomers)))  # who has said nothing for longest
 
-    def _welcome(self, newcomer: _Newcomer) -> _Client | None:
+    def _welcome(self, newcomer: _Newcomer, limit: int | None) -> _Client | None:
         """The objects of a new client; None, and the connection closed, where there is no room for it."""
         try:
-            client = self._make_client(next(self._ids), newcomer, secrets.token_hex(16), None)
+            client = self._make_client(next(self._ids), newcomer, secrets.token_hex(16), limit, None)
         except OSError as failure:
             log.warning("no room for process %d: %s", newcomer.pid, failure)
             return None
@@ -452,9 +470,11 @@ class Kernel:
         self._selector.modify(client.connection, selectors.EVENT_READ, client)
         return client
 
-    def _make_client(self, number: int, newcomer: _Newcomer, token: str, memory: tuple[int, ...] | None) -> _Client:
+    def _make_client(
+        self, number: int, newcomer: _Newcomer, token: str, limit: int | None, memory: tuple[int, ...] | None
+    ) -> _Client:
         """The objects of a client; with the status page and the commands that a kernel left which has gone, or anew."""
-        pm: PageManager = ProcessPM.create(self._global_pm)
+        pm: PageManager = ProcessPM.create(self._global_pm, limit)
         process: Process = self._variants.process.create(pm)
         try:
             hat = UffdHat.create(number, process.region_map(), len(self.cpus), self._most_spans, memory)
@@ -465,6 +485,7 @@ class Kernel:
             raise
         process.attach_hat(hat)
         native = hat.native()
+        native.charge_to(pm.account().number())
         for descriptor in (native.status_descriptor(), native.commands_descriptor()):
             os.fchmod(descriptor, 0o400)  # a client cannot get a writable descriptor by way of /proc
         return _Client(number, newcomer.connection, newcomer.pid, token, pm, process, hat)
@@ -478,7 +499,7 @@ class Kernel:
             raise KernelUnavailable(f"a client has {MOST_CHANNELS} channels at most: wait for one to end its request")
         self._selector.unregister(newcomer.connection)
         self._newcomers.pop(newcomer, None)
-        channel = Channel(newcomer.connection, client, self._caches, client.channels.discard)
+        channel = Channel(newcomer.connection, client, self._caches, self.check, client.channels.discard)
         client.channels.add(channel)
         channel.start()
 
@@ -558,16 +579,25 @@ class Kernel:
     def _hello(self, newcomer: _Newcomer, message: Message) -> tuple[Message, list[int]]:
         self._expect_version(message)
         homing, sticky = bool(message.get("homing", True)), bool(message.get("sticky", True))
-        client = self._welcome(newcomer)
+        limit = self._limit(message.get("limit"))
+        client = self._welcome(newcomer, limit)
         if client is None:
             raise EOFError
         client.homing, client.sticky = homing, sticky
         native = client.hat.native()
         assert isinstance(native, _native.UffdHat)
-        record = {"pid": client.pid, "token": client.token, "homing": homing, "sticky": sticky}
+        record = {"pid": client.pid, "token": client.token, "homing": homing, "sticky": sticky, "limit": limit}
         memory = (native.status_descriptor(), native.commands_descriptor())
         self._ledger.tell(f"client/{client.id}", record, (client.connection.fileno(), *memory))
         return self._greeting(client)
+
+    def _limit(self, wanted: object) -> int | None:
+        """The limit of a client in frames: what it wants, in bytes, but not above that of all clients."""
+        if wanted is None:
+            return self._client_limit
+        if not isinstance(wanted, int) or wanted < PAGE:
+            raise ValueError(f"the limit of a client is at least one page of {PAGE} bytes, not {wanted}")
+        return min(wanted // PAGE, self.budget // PAGE, self._client_limit or self.budget)
 
     @staticmethod
     def _expect_version(message: Message) -> None:
@@ -649,8 +679,10 @@ class Kernel:
         record: Message = {"cache": cached.number, "size": size, "first": first, "group": group, "around": around}
         record |= {"request": message.get("id")}
         record |= {"tracked": tracked, "writer": writer, "follows": follows}
-        mapped = _Mapped(region, cached, writer, base, size, record)
+        record |= {"reserved": cached.reserved if cached.key is None else 0}
+        mapped = _Mapped(region, cached, writer, base, size, record, self._pins(client, base, cached))
         client.caches[cached] += 1
+        client.reserved += record["reserved"]
         try:
             if not client.process.attach_region(base, region):
                 self._forget(client, base, size)
@@ -689,6 +721,9 @@ class Kernel:
         known = self._ledger.deaths and mapped is not None and "id" in message
         return mapped if known and mapped is not None and mapped.record["request"] == message["id"] else None
 
+    def _pins(self, client: _Client, base: int, cached: Cached) -> Pins:
+        return Pins(cached.fcm, lambda runs: self._ledger.tell(f"pins/{client.id}/{base}", runs))
+
     def _tell(self, client: _Client, mapped: _Mapped) -> None:
         """Has the next kernel know of a region and its windows."""
         self._ledger.tell(f"region/{client.id}/{mapped.start}", mapped.record | {"windows": mapped.windows})
@@ -701,21 +736,23 @@ class Kernel:
         writer = mode == "r+"
         match message["kind"]:
             case "anonymous":
-                self._frames_for(group)
+                self._frames_for(client, group)
                 size = int(message["size"])
                 if size > _MAX_ANONYMOUS:
                     raise ValueError(f"anonymous memory of {size} bytes does not fit an address space")
+                if not message["overcommit"]:
+                    self._expect_within_limit(client, pages_of(size))
                 return self._caches.anonymous(size, overcommit=bool(message["overcommit"])), False
             case "file":
                 [descriptor] = descriptors
-                self._make_room(group)
+                self._make_room(client, group)
                 policy = asked_policy(message)
                 cached, taken = self._caches.file(descriptor, str(message["name"]), writer=writer, policy=policy)
                 if taken:
                     descriptors.clear()
                 return cached, writer
             case "url":
-                self._make_room(group)
+                self._make_room(client, group)
                 options = message["options"]
                 if not isinstance(options, dict):
                     raise ProtocolError("options are a dictionary")
@@ -723,7 +760,7 @@ class Kernel:
             case "snapshot":
                 of = client.regions[int(message["of"])].cached
                 if self._caches.swap:
-                    self._make_room(group)
+                    self._make_room(client, group)
                 return self._caches.snapshot(of, str(message["name"]), self._stopped), False
             case kind:
                 raise ProtocolError(f"no kind {kind!r}")
@@ -749,20 +786,33 @@ class Kernel:
             for region in stopped:
                 region.restart()
 
-    def _make_room(self, group: int) -> None:
+    def _make_room(self, client: _Client, group: int) -> None:
         # Twice, since one access may lie across two pages, and ends only when both are there.
-        frames = min(2 * max(group, self._global_pm.cluster()), self._frames_for(group))
+        frames = min(2 * max(group, self._global_pm.cluster()), self._frames_for(client, group))
         self._global_pm.promise_file(frames)
 
-    def _frames_for(self, group: int) -> int:
-        """The budget in frames, if at least two pages of this size fit; of 4 KiB one is enough."""
+    def _frames_for(self, client: _Client, group: int) -> int:
+        """The budget in frames, if at least two pages of this size fit, and the limit; of 4 KiB one is enough."""
         frames = self.budget // PAGE
-        if group > 1 and 2 * group > frames:
-            raise OutOfFrames(
-                f"two pages of {group * PAGE} bytes, which one access may need, are more than the kernel's budget of "
-                f"{self.budget} bytes: ask for a smaller page_size, or start it with a larger `--budget`"
-            )
+        limit = client.pm.account().limit()
+        for what, most in (("the kernel's budget", frames), ("this client's limit", limit)):
+            if most is not None and group > 1 and 2 * group > most:
+                raise OutOfFrames(
+                    f"two pages of {group * PAGE} bytes, which one access may need, are more than {what} of "
+                    f"{most * PAGE} bytes: ask for a smaller page_size, or start the kernel with a larger "
+                    f"{'`--client-limit`' if most is limit else '`--budget`'}"
+                )
         return frames
+
+    def _expect_within_limit(self, client: _Client, pages: int) -> None:
+        """Anonymous memory that is promised stays as long as it is mapped: what does not fit is an error now."""
+        limit = client.pm.account().limit()
+        if limit is not None and client.reserved + pages > limit:
+            raise OutOfFrames(
+                f"anonymous memory of {pages * PAGE} bytes does not fit this client's limit of {limit * PAGE} bytes, "
+                f"of which {client.reserved * PAGE} are promised already: start the kernel with a larger "
+                "`--client-limit`, or ask for overcommit=True"
+            )
 
     def _make_fcm(
         self,
@@ -845,6 +895,9 @@ class Kernel:
     def _destroy(self, client: _Client, mapped: _Mapped) -> None:
         """Ends a region: no fault is inside, none can come, then all that it had goes."""
         self._ledger.end(f"region/{client.id}/{mapped.start}")
+        mapped.pins.close()
+        self._ledger.end(f"pins/{client.id}/{mapped.start}")
+        client.reserved -= mapped.record["reserved"]
         mapped.region.shutdown()
         for base in list(mapped.windows):
             self._remove_window(client, mapped, base)
@@ -860,6 +913,8 @@ class Kernel:
 
     def _disconnect(self, client: _Client | _Newcomer) -> None:
         """A client is gone, by its will or not: frees all that it had."""
+        if isinstance(client, _Newcomer) and client not in self._newcomers:
+            return  # a channel by now, whose thread may have closed it already
         self._selector.unregister(client.connection)
         with contextlib.suppress(OSError):
             client.connection.shutdown(socket.SHUT_RDWR)  # of the supervisor's duplicate, too
@@ -885,6 +940,19 @@ class Kernel:
         self._tidy_soon()
         self._idle_since = time.monotonic()
 
+    def check(self) -> tuple[list[str], list[str]]:
+        """What holds of frames and pages at any time: what was found to hold, and what was not. For any thread.
+
+        Frames and accounts are looked at while nobody takes or gives a frame. Where a frame may be under way between
+        its taking and its page, or a page closed meanwhile, it is looked again for a while.
+        """
+        deadline = time.monotonic() + _CHECKED_WITHIN
+        while True:
+            good, bad = take_census(self._global_pm, self._fcms())
+            if not bad or time.monotonic() > deadline:
+                return good, bad
+            time.sleep(0.01)
+
     def stat(self) -> dict[str, Any]:
         """Counts of everything: budget, frames by kind, faults, clients, file caches."""
         files = []
@@ -899,7 +967,11 @@ class Kernel:
             "budget": self.budget,
             "frames": self._global_pm.usage(),
             "engine": self._engine.counts(),
-            "clients": [{"pid": c.pid, "regions": len(c.regions)} for c in self._clients.values()],
+            # 200 bytes each: with the files they fit a message.
+            "clients": [
+                {"pid": c.pid, "regions": len(c.regions), **c.pm.stat()}
+                for c in itertools.islice(self._clients.values(), _MAX_CLIENTS)
+            ],
             "files": files,
         }
 
@@ -934,6 +1006,7 @@ def serve(
     sticky: bool = True,
     swap: bool = True,
     policy: str = "fifo",
+    client_limit: int | None = None,
 ) -> None:
     """Runs a kernel in this process until SIGINT, SIGTERM, or the end of `linger`.
 
@@ -948,11 +1021,12 @@ def serve(
         sticky: keep a thread on its CPU while it faults.
         swap: write anonymous memory that was made with overcommit to a swap file when frames run out.
         policy: which pages are given back first: ``fifo``, ``clock`` or ``s3fifo``.
+        client_limit: bytes of memory that the pages of one client may take; None: no limit but the budget.
 
     Raises:
         ValueError: there are no such objects, or no such policy.
         KernelUnavailable: another kernel listens there already.
-        OutOfFrames: the budget is below one page.
+        OutOfFrames: the budget, or the limit, is below one page.
     """
     variants = Variants.named(objects, adapt=adapt)
     chosen = Policy.named(policy)
@@ -968,7 +1042,8 @@ def serve(
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
     try:
         budget = default_budget() if budget is None else budget
-        kernel = Kernel(path, budget, linger, variants, homing=homing, sticky=sticky, swap=swap, policy=chosen)
+        choices = {"homing": homing, "sticky": sticky, "swap": swap}
+        kernel = Kernel(path, budget, linger, variants, policy=chosen, client_limit=client_limit, **choices)
 
         def on_signal(number: int, _: object) -> None:
             log.info("%s: ending", signal.Signals(number).name)

@@ -74,6 +74,7 @@ def launch(
     sticky: bool = True,
     swap: bool = True,
     policy: str | None = None,
+    client_limit: int | None = None,
     supervise: bool = False,
 ) -> KernelProcess:
     """Starts ``k42 serve`` and returns when it answers.
@@ -89,6 +90,7 @@ def launch(
         sticky: keep a thread on its CPU while it faults.
         swap: write anonymous memory that was made with overcommit to a swap file when frames run out.
         policy: which pages are given back first, as ``k42 serve --policy`` has it; None: its default.
+        client_limit: bytes of memory that the pages of one client may take; None: no limit but the budget.
         supervise: if the kernel dies, another takes over from it, and clients notice nothing but the time it takes. The
             process is then the supervisor (`k42.vm.supervisor`), of which the kernel is a child.
 
@@ -116,6 +118,8 @@ def launch(
         command += ["--no-swap"]
     if policy is not None:
         command += ["--policy", policy]
+    if client_limit is not None:
+        command += ["--client-limit", str(client_limit)]
     with open(log, "ab", opener=_private) as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0, close_fds=True

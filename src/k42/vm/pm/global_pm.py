@@ -14,6 +14,8 @@ How do local and global operations synchronise?
     A stock has at most a few frames, and what is too much goes to the overflow. Who finds no frame there takes what all
     stocks have, so that the budget can be used to the last frame, and it is exceeded at no moment. Reclaiming asks one
     FCM after the other, those of its own ring first, with no lock of its own held.
+    Whose pages go: first of those clients that have more than their shares; if that gives none, the pages of the client
+    that asks; anybody's only if that gives none either (``native/core/vm/account.hpp`` says what a share is).
 How are they organised?
     FCMs stand in a ring, so that all give back in turn; a distributed one has its processor's, the home of the FCM.
 """
@@ -58,7 +60,13 @@ class Level(enum.IntEnum):
     """Plenty; or the budget is too small to keep any frame free ahead of need."""
 
 
-_GRANTED, _RECLAIM, _EXHAUSTED = range(3)
+ABOVE_SHARE = 0
+"""Whose pages to give back: of clients with more than their shares. Else the number of a client's account; or:"""
+ANYBODYS = 1 << 16
+"""Whoever's comes first."""
+
+_GRANTED, _RECLAIM, _EXHAUSTED, _LIMITED = range(4)
+_FEW = 16  # pages: who has no more must not be kept from making progress by giving back its own
 _CLUSTER = 16  # pages read at once from a file: 64 KiB
 _PATIENCE = 30.0  # seconds to wait for frames that others have in I/O
 
@@ -70,8 +78,16 @@ class GlobalPageManager(k42.Object):
         """The native half: the pool that the fault engine takes frames from."""
         raise NotImplementedError
 
-    def allocate(self, frames: int, backing: Backing) -> None:
+    def allocate(self, frames: int, backing: Backing, account: _native.Account | None = None) -> int:
         """Takes frames of 4 KiB, getting file pages back if need be; may wait for pages in I/O.
+
+        Args:
+            frames: how many.
+            backing: who stands behind the pages.
+            account: to which they are charged; None: to nobody's.
+
+        Returns:
+            The account's number.
 
         Raises:
             OutOfFrames: there are none to be had.
@@ -79,7 +95,7 @@ class GlobalPageManager(k42.Object):
         raise NotImplementedError
 
     def release(self, frames: int, backing: Backing) -> None:
-        """Gives frames back."""
+        """Gives frames back that are charged to nobody."""
         raise NotImplementedError
 
     def reserve(self, frames: int) -> None:
@@ -122,8 +138,13 @@ class GlobalPageManager(k42.Object):
         """How many frames are missing to enough free ones; 0: it is not LOW."""
         raise NotImplementedError
 
-    def reclaim(self, frames: int) -> int:
-        """Asks FCMs in turn for so many frames; how many they gave back. May wait for stores."""
+    def reclaim(self, frames: int, whose: int | None = None) -> int:
+        """Asks FCMs in turn for so many frames; how many they gave back. May wait for stores.
+
+        Args:
+            frames: how many.
+            whose: whose pages go. None: of those with more than their shares; anybody's if there are none.
+        """
         raise NotImplementedError
 
     def cluster(self) -> int:
@@ -218,38 +239,61 @@ class _GlobalPM(GlobalPageManager):
         """The native half."""
         return self.root.pool
 
-    def allocate(self, frames: int, backing: Backing) -> None:
+    def allocate(self, frames: int, backing: Backing, account: _native.Account | None = None) -> int:
         """Takes frames; see `GlobalPageManager.allocate`."""
         pool = self.root.pool
         deadline = time.monotonic() + _PATIENCE
         while True:
             changes = pool.changes()
-            grant = pool.allocate(frames, backing)
+            try:
+                number = account.number() if account else 0
+            except ValueError as error:
+                raise OutOfFrames("the client has gone") from error
+            grant = pool.allocate(frames, backing, number)
             if grant == _GRANTED:
-                return
+                return number
+            limit = account.limit() if account and grant == _LIMITED else None
             if grant == _EXHAUSTED or time.monotonic() > deadline:
-                raise OutOfFrames(
-                    f"the kernel's budget ({self._text(self.root.budget)}) has no frame left for this page: "
-                    "give it more with `k42 serve --budget`, or use less memory made with overcommit=True"
-                )
+                raise OutOfFrames(self._no_frame(limit))
             # Some more than is wanted, so as not to come again at once; but not all of what files have: an access that
             # lies across two pages needs the one that came last.
             wanted = max(frames, min(self.root.budget // 16, self.usage()["file"] // 4, 512))
-            if not self.reclaim(wanted):
+            own = max(frames, min(wanted, account.used() // 4)) if account else 0
+            if grant == _LIMITED:
+                given = self.reclaim(own, number)
+            else:
+                given = self.reclaim(wanted, ABOVE_SHARE) if pool.refresh_shares() else 0
+                if not given and account and account.used() >= max(_FEW, 2 * frames):
+                    given = self.reclaim(own, number)
+                given = given or self.reclaim(wanted, ANYBODYS)
+            if not given:
                 pool.wait(changes, 100)
+
+    def _no_frame(self, limit: int | None) -> str:
+        if limit is not None:
+            return (
+                f"the limit of this client ({self._text(limit)}) has no frame left for this page: give clients more "
+                "with `k42 serve --client-limit`, or unpin or close something"
+            )
+        return (
+            f"the kernel's budget ({self._text(self.root.budget)}) has no frame left for this page: "
+            "give it more with `k42 serve --budget`, or use less memory made with overcommit=True"
+        )
 
     def lacking(self) -> int:
         """How many frames are missing; see `GlobalPageManager.lacking`."""
         pool = self.root.pool
         return max(1, pool.enough() - pool.free()) if pool.level() <= Level.LOW else 0
 
-    def reclaim(self, wanted: int) -> int:
+    def reclaim(self, wanted: int, whose: int | None = None) -> int:
         """Asks FCMs in turn; see `GlobalPageManager.reclaim`."""
+        if whose is None:
+            whose = ABOVE_SHARE if self.root.pool.refresh_shares() else ANYBODYS
         given = 0
         for ring in self._rings():
             for fcm in ring.now():
                 try:
-                    given += fcm.give_back(wanted - given)
+                    given += fcm.give_back(wanted - given, whose)
                 except k42.Destroyed:
                     continue  # its file was closed since we looked: its frames are free
                 ring.had_its_turn(fcm)
@@ -259,7 +303,7 @@ class _GlobalPM(GlobalPageManager):
 
     def release(self, frames: int, backing: Backing) -> None:
         """Gives frames back."""
-        self.root.pool.release(frames, backing)
+        self.root.pool.release(frames, backing, 0)
 
     def reserve(self, frames: int) -> None:
         """Promises frames; see `GlobalPageManager.reserve`."""

@@ -1,4 +1,4 @@
-"""The page manager of one process: forwards to the Global PM and accounts (paper section 4.2).
+"""The page manager of one process: forwards to the Global PM, and has what it takes charged (paper section 4.2).
 
 What is local, what is shared?
     The account is native and counts by processor where the Global PM's pool does; its limit, if it has one, is handed
@@ -21,16 +21,20 @@ from k42.vm.pm.global_pm import Backing, GlobalPageManager
 class PageManager(k42.Object):
     """The interface."""
 
-    def allocate(self, frames: int, backing: Backing) -> None:
-        """Takes frames of 4 KiB for this process.
+    def allocate(self, frames: int, backing: Backing) -> int:
+        """Takes frames of 4 KiB for this process; the number of the account that they are charged to.
 
         Raises:
             OutOfFrames: there are none to be had.
         """
         raise NotImplementedError
 
-    def release(self, frames: int, backing: Backing) -> None:
-        """Gives frames back that were not used after all."""
+    def cluster(self) -> int:
+        """How many pages to read at once from a file."""
+        raise NotImplementedError
+
+    def prefetchable(self) -> int:
+        """How many frames one request may fill ahead of time."""
         raise NotImplementedError
 
     def account(self) -> _native.Account:
@@ -59,17 +63,26 @@ class ProcessPM(PageManager):
 
         def __init__(self, global_pm: GlobalPageManager, limit: int | None = None) -> None:
             self.global_pm = global_pm
+            self.limit = limit
             self.account = _native.Account(global_pm.native(), limit)
 
     root: Root
 
-    def allocate(self, frames: int, backing: Backing) -> None:
+    def allocate(self, frames: int, backing: Backing) -> int:
         """Takes frames; see `PageManager.allocate`."""
-        self.root.global_pm.allocate(frames, backing)
+        return self.root.global_pm.allocate(frames, backing, self.root.account)
 
-    def release(self, frames: int, backing: Backing) -> None:
-        """Gives frames back."""
-        self.root.global_pm.release(frames, backing)
+    def cluster(self) -> int:
+        """How many pages to read at once: fewer under a tiny limit."""
+        return self._within_limit(self.root.global_pm.cluster(), 4)
+
+    def prefetchable(self) -> int:
+        """How many frames one request may fill ahead of time: half of the limit at most."""
+        return self._within_limit(self.root.global_pm.prefetchable(), 2)
+
+    def _within_limit(self, frames: int, part: int) -> int:
+        limit = self.root.limit
+        return frames if limit is None else max(1, min(frames, limit // part))
 
     def account(self) -> _native.Account:
         """What the process has of the frames."""
