@@ -155,8 +155,8 @@ PyObject* next(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 
 PyObject* counts(PyObject* self, PyObject*) {
     const vm::Engine::Counts c = engine_of(self).counts();
-    return Py_BuildValue("{sKsKsKsKsKsKsK}", "faults", c.faults, "finished", c.finished, "handed_up", c.handed_up,
-                         "kept", c.kept, "local", c.local, "remote", c.remote, "rehomed", c.rehomed);
+    return Py_BuildValue("{sKsKsKsKsKsKsKsK}", "faults", c.faults, "finished", c.finished, "read", c.read, "handed_up",
+                         c.handed_up, "kept", c.kept, "local", c.local, "remote", c.remote, "rehomed", c.rehomed);
 }
 
 PyMethodDef methods[] = {
@@ -174,7 +174,8 @@ PyMethodDef methods[] = {
     {"next", fast(next), METH_FASTCALL,
      "next(cpu): wait for a fault handed up: (id of the HAT, cpu, window address, canonical address, write), or None."},
     {"counts", counts, METH_NOARGS,
-     "Faults read, finished natively, handed up; bursts kept on a CPU; faults by where their threads belong; moves."},
+     "Faults read, finished natively, reads of files, faults handed up; bursts kept on a CPU; faults by where their "
+     "threads belong; moves."},
     {nullptr, nullptr, 0, nullptr},
 };
 

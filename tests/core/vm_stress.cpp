@@ -727,6 +727,62 @@ void real_remove_and_add() {
     writers.check();
 }
 
+// The same where native threads read: from a file whose length, and so whose times, changes while they do. What they
+// give up for that is filled by workers.
+void real_file_read_natively(int reads) {
+    begin("real_file_read_natively");
+    constexpr int kReaders = 4;
+    constexpr uint64_t kPages = 2'000, kBudget = 1'024;
+    RealWorld world(kBudget, kPages, 1, Fill::store, Backing::file, true);
+    const int file = memfd_create("a file", MFD_CLOEXEC);
+    for (uint64_t page = 0; page < kPages; ++page) {
+        uint64_t words[kPageSize / 8];
+        for (uint64_t k = 0; k < kPageSize / 8; ++k) words[k] = pattern(page, k * 8);
+        CHECK(pwrite(file, words, sizeof words, off_t(page * kPageSize)) == ssize_t(sizeof words));
+    }
+    HintQueue hints;
+    world.cache.read_from(std::make_unique<Source>(file, kPages * kPageSize, 4, &hints, 7));
+    std::vector<std::thread> workers;
+    for (size_t i = 0; i < 2 * world.cpus.size(); ++i) {
+        workers.emplace_back([&, i] {
+            Random random(seed() + 100 + i);
+            while (const auto fault = world.engine.next(int(i % world.cpus.size()))) {
+                world.finish({fault->hat, fault->cpu, fault->address}, random, 16);
+                fault->hat->release();
+            }
+        });
+    }
+    std::atomic<int> running{kReaders};
+    in_threads(kReaders + 2, [&](int who) {
+        Random random(seed() + uint64_t(who));
+        while (who >= kReaders && running.load() > 0) {
+            if (who == kReaders) {
+                world.cache.reclaim(1 + random.below(64), random.one_in(2));
+            } else {
+                CHECK(ftruncate(file, off_t((kPages + random.below(3)) * kPageSize)) == 0);
+            }
+            for (uint64_t i = random.below(64); i > 0; --i) std::this_thread::yield();
+        }
+        if (who >= kReaders) return;
+        for (int i = 0; i < reads; ++i) {
+            const uint64_t page = random.below(kPages);
+            const unsigned char* window = world.windows[random.below(world.windows.size())];
+            const auto* words = reinterpret_cast<const volatile uint64_t*>(window + page * kPageSize);
+            for (uint64_t k = 0; k < kPageSize / 8; k += 64) CHECK_EQUAL(words[k], pattern(page, k * 8));
+        }
+        running.fetch_sub(1);
+    });
+    const Engine::Counts served = world.engine.counts();
+    world.engine.stop();
+    for (std::thread& worker : workers) worker.join();
+    world.cache.source()->drain();
+    world.check_quiet();
+    CHECK(served.read > 0);
+    std::printf("  reads %llu, handed up %llu\n", static_cast<unsigned long long>(served.read),
+                static_cast<unsigned long long>(served.handed_up));
+    close(file);
+}
+
 // A file of more pages than there are frames: what is handed up is filled from the store, an evictor takes pages
 // away all the time, and nobody ever reads a wrong byte.
 void real_file(uint64_t budget, uint32_t group, int reads) {
@@ -1013,6 +1069,7 @@ int main(int argc, char** argv) {
         real_zero_fill(1);
         real_zero_fill(16);
         real_remove_and_add();
+        real_file_read_natively(2'000);
         real_file(31, 1, 250);
         real_file(31, 4, 250);
         real_file(1, 1, 20);

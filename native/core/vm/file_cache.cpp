@@ -11,6 +11,7 @@
 #include <system_error>
 
 #include "vm/partitioned_page_table.hpp"
+#include "vm/reader.hpp"
 #include "vm/region.hpp"
 
 namespace k42::vm {
@@ -52,6 +53,7 @@ FileCache::FileCache(FramePool* pool, int memfd, int journal, uint64_t pages, Fi
 }
 
 FileCache::~FileCache() {
+    if (source_) source_->drain();
     clear();
     munmap(journal_, journal_bytes_);
     close(memfd_);
@@ -923,6 +925,20 @@ uint64_t FileCache::restore() {
     }
     prefetched_.fetch_add(restored, std::memory_order_relaxed);
     return restored;
+}
+
+void FileCache::read_from(std::unique_ptr<Source> source) { source_ = std::move(source); }
+
+FileCache::Run FileCache::begin_read(uint64_t page, Run group) {
+    source_->begin();
+    Run within = group;
+    if (const uint32_t cluster = source_->cluster(); cluster > group.count) {
+        within = {page - page % cluster, cluster};
+        within.count = uint32_t(std::min<uint64_t>(cluster, std::max(pages(), page + 1) - within.first));
+    }
+    const Run run = begin_io(page, within);
+    if (run.count == 0) source_->end();
+    return run;
 }
 
 bool FileCache::replicate(bool replicated) {

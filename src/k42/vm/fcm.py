@@ -46,6 +46,7 @@ _RETRY = 1.0  # seconds until a store that failed to take pages is tried again
 AROUND = 16
 """Pages of 4 KiB of which the resident ones are mapped by one fault, unless a mapping says otherwise."""
 _PATIENCE = 100  # ms between two looks at pages that others have in I/O
+_PATTERNS = (Advice.NORMAL, Advice.SEQUENTIAL, Advice.RANDOM)  # in the order of Source::Pattern
 
 
 class Policy(enum.IntEnum):
@@ -133,8 +134,13 @@ class FileCacheManager(k42.Object):
         """
         raise NotImplementedError
 
-    def hinted(self, page: int) -> None:
-        """A fault mapped a page that bears the marker of read-ahead: the next window is due."""
+    def hinted(self, page: int, absent: int) -> None:
+        """A fault mapped a page that bears the marker of read-ahead: the next window is due.
+
+        Args:
+            page: of the fault.
+            absent: it bears no marker, but so many pages from there on were absent, and native threads read them.
+        """
         raise NotImplementedError
 
     def replaceable(self) -> bool:
@@ -300,6 +306,8 @@ class SharedFCM(FileCacheManager):
                     if descriptor >= 0:
                         os.close(descriptor)
                 raise
+            if (source := fr.native_descriptor()) >= 0:
+                self.cache.read_from(source, fr.size(), self.cluster, hints, id)
 
         def export_state(self, form: str) -> SharedFCM.Root:
             """Return the whole: what it refers to goes on."""
@@ -406,9 +414,10 @@ class SharedFCM(FileCacheManager):
         with contextlib.suppress(StoreError, OutOfFrames, k42.Destroyed):  # whoever touches the pages will be told
             self._bring_in(first, end, pm)
 
-    def hinted(self, page: int) -> None:
+    def hinted(self, page: int, absent: int) -> None:
         """Reads ahead; see `FileCacheManager.hinted`. No client is charged for it."""
-        self._look_ahead(self.root.read_ahead.touched(page), self.root.global_pm)
+        policy = self.root.read_ahead
+        self._look_ahead(policy.missed(page, absent) if absent else policy.touched(page), self.root.global_pm)
 
     def replaceable(self) -> bool:
         """Whether its pages can be given back."""
@@ -520,6 +529,7 @@ class SharedFCM(FileCacheManager):
     def _write(self, first: int, count: int, *, evict: bool) -> int:
         """Writes a run that `begin_write` or `take_laundry` gave us; frames given back."""
         root = self.root
+        root.cache.writing_source(True)
         try:
             root.fr.write_back(root.cache.memfd(), first, count)
         except BaseException as error:
@@ -527,6 +537,8 @@ class SharedFCM(FileCacheManager):
             root.failed_until = time.monotonic() + _RETRY
             log.warning("%s: pages %d to %d stay dirty: %s", root.fr.name(), first, first + count, error)
             raise
+        finally:
+            root.cache.writing_source(False)
         return root.cache.end_write(first, count, True, evict)
 
     def flush(self, first: int, end: int) -> None:
@@ -569,10 +581,10 @@ class SharedFCM(FileCacheManager):
             if size < root.fr.size():
                 # From the page of the new end on; its snapshots, and what they see there, stay as they are.
                 with contextlib.nullcontext() if root.node is None else root.node.cutting(size // PAGE, before):
-                    root.fr.resize(size)
+                    self._resize_store(size)
                     cache.resize(pages)
                 self._discard(pages, before)
-                if size % PAGE and cache.pin(pages - 1, 1):
+                if size % PAGE and self._pin_if_there(pages - 1):
                     # What a longer file shows there later is zeros.
                     try:
                         os.pwrite(cache.memfd(), bytes(PAGE - size % PAGE), size)
@@ -580,10 +592,29 @@ class SharedFCM(FileCacheManager):
                         cache.unpin(pages - 1, 1)
                 os.ftruncate(cache.memfd(), pages * PAGE)
             else:
-                root.fr.resize(size)
+                self._resize_store(size)
                 os.ftruncate(cache.journal(), max(pages, os.fstat(cache.journal()).st_size))
                 os.ftruncate(cache.memfd(), pages * PAGE)
                 cache.resize(pages)
+
+    def _resize_store(self, size: int) -> None:
+        root = self.root
+        root.cache.source_size(0)  # what is read meanwhile is the FR's, which knows
+        try:
+            root.fr.resize(size)
+        finally:
+            root.cache.source_size(root.fr.size())
+
+    def _pin_if_there(self, page: int) -> bool:
+        """Pins a page, after its I/O; False: it is absent."""
+        cache = self.root.cache
+        while True:
+            seen = cache.endings()
+            if cache.pin(page, 1):
+                return True
+            if not cache.present(page, page + 1):
+                return False
+            cache.wait_ending(seen, _PATIENCE)
 
     def _discard(self, first: int, end: int) -> None:
         cache = self.root.cache
@@ -622,6 +653,7 @@ class SharedFCM(FileCacheManager):
         match advice:
             case Advice.NORMAL | Advice.RANDOM | Advice.SEQUENTIAL:
                 root.read_ahead.advise(advice)
+                root.cache.advise_source(_PATTERNS.index(advice))
             case Advice.WILL_NEED:
                 self.prefetch(first, end, pm)
             case Advice.DONT_NEED:
@@ -656,6 +688,7 @@ class SharedFCM(FileCacheManager):
         """Gives all frames back; see `FileCacheManager.close`."""
         self.root.fr.cancel()  # else the queue waits for as long as a store that does not answer is tried again
         self.root.queue.close()
+        self.root.cache.drain_source()
         self._discard(0, self.root.cache.pages())
         self.root.fr.close()
         k42.destroy(self.root.fr)

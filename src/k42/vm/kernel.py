@@ -320,12 +320,12 @@ class Kernel:
 
     def _read_ahead(self) -> None:
         while (hint := self._hints.next()) is not None:
-            number, page = hint
+            number, page, absent = hint
             fcm = self._caches.numbered(number)
             if fcm is None:
                 continue
             try:
-                fcm.hinted(page)
+                fcm.hinted(page, absent)
             except k42.Destroyed:
                 pass
             except Exception:

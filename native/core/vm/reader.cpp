@@ -1,0 +1,243 @@
+#include "vm/reader.hpp"
+
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <system_error>
+
+#include "runtime/processor.hpp"
+#include "runtime/quiescence.hpp"
+#include "vm/region.hpp"
+
+namespace k42::vm {
+
+namespace {
+
+constexpr size_t kThreads = 4;         // a CPU: so many requests a disk gets at once from the faults of one
+constexpr uint64_t kFewFrames = 1024;  // a smaller budget is all Python's, which knows what may wait for what
+constexpr uint64_t kReclaim = 64;      // frames at least, so as not to come again at once
+constexpr uint64_t kReach = 32;        // pages: _MAX_STRIDE in src/k42/vm/readahead.py
+
+struct Buffer {
+    alignas(4096) std::byte bytes[Reader::kMostPages * kPageSize];
+};
+
+// Size and times, as version_of() in src/k42/vm/fr/file.py.
+struct Version {
+    off_t size;
+    timespec modified, changed;
+    bool operator==(const Version& other) const {
+        const auto same = [](const timespec& a, const timespec& b) {
+            return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec;
+        };
+        return size == other.size && same(modified, other.modified) && same(changed, other.changed);
+    }
+};
+
+bool version_of(int descriptor, Version& out) {
+    struct stat status;
+    if (fstat(descriptor, &status) < 0) return false;
+    out = {status.st_size, status.st_mtim, status.st_ctim};
+    return true;
+}
+
+template <typename Call>
+bool whole(uint64_t length, Call&& call) {
+    for (uint64_t done = 0; done < length;) {
+        const ssize_t got = call(done);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return false;
+        done += uint64_t(got);
+    }
+    return true;
+}
+
+void let_go(const ReadJob& job) {
+    job.cache->source()->end();
+    job.fault.hat->release();
+}
+
+}  // namespace
+
+bool Source::fill(int memfd, uint64_t first, uint32_t count) const {
+    static thread_local std::unique_ptr<Buffer> buffer;
+    if (!buffer) buffer = std::make_unique<Buffer>();
+    std::byte* const bytes = buffer->bytes;
+    const uint64_t offset = first * kPageSize;
+    const uint64_t length = count * kPageSize;
+    const uint64_t writes = this->writes();
+    const uint64_t size = size_.load(std::memory_order_seq_cst);
+    if (offset + length >= size + kPageSize) return false;
+    const uint64_t wanted = std::min(length, size - offset);
+    Version before, after;
+    if (!version_of(descriptor_, before)) return false;
+    if (!whole(wanted,
+               [&](uint64_t done) { return pread(descriptor_, bytes + done, wanted - done, off_t(offset + done)); })) {
+        return false;
+    }
+    if (!version_of(descriptor_, after)) return false;
+    // What others changed meanwhile is not to be a mixture. Writes of ours are of pages that are resident, so not of
+    // these; changes of the length are.
+    if (size_.load(std::memory_order_seq_cst) != size) return false;
+    if (!(before == after) && !(writes & 1) && writes == this->writes()) return false;
+    memset(bytes + wanted, 0, length - wanted);
+    return whole(length,
+                 [&](uint64_t done) { return pwrite(memfd, bytes + done, length - done, off_t(offset + done)); });
+}
+
+void Source::tell(Recent& miss) const {
+    if (hints_ && !miss.told) hints_->push({id_, miss.first, miss.count});
+    miss.told = true;
+}
+
+void Source::missed(uint64_t first, uint32_t count) {
+    const Pattern pattern = this->pattern();
+    if (pattern == Pattern::random) return;
+    Recent miss{first, count};
+    std::lock_guard guard(recent_lock_);
+    const uint32_t strays = strays_.load(std::memory_order_relaxed);
+    const auto near = std::find_if(recent_.begin(), recent_.end(), [&](const Recent& recent) {
+        return recent.count && first + kReach >= recent.first && first <= recent.first + recent.count + kReach;
+    });
+    if (near == recent_.end()) {
+        strays_.store(std::min(strays + 1, kManyStrays), std::memory_order_relaxed);
+        if (pattern == Pattern::sequential) tell(miss);
+        recent_[next_++ % recent_.size()] = miss;
+        return;
+    }
+    strays_.store(strays - std::min(strays, kNear), std::memory_order_relaxed);
+    if (first >= near->first) {
+        tell(*near);
+        tell(miss);
+    }
+    *near = miss;
+}
+
+void Reader::submit(const ReadJob& job) {
+    {
+        std::lock_guard guard(lock_);
+        jobs_.push_back(job);
+        if (jobs_.size() > idle_ && threads_.size() < kThreads) {
+            try {
+                threads_.emplace_back([this] { serve(); });
+            } catch (const std::system_error&) {
+                // One thread is enough; without any it is not ours to do.
+                if (threads_.empty()) jobs_.pop_back();
+            }
+        }
+        if (!threads_.empty()) {
+            filled_.notify_one();
+            return;
+        }
+    }
+    job.cache->abort_io(job.run);
+    give_up(job);
+}
+
+void Reader::stop() {
+    {
+        std::lock_guard guard(lock_);
+        stopped_ = true;
+    }
+    filled_.notify_all();
+    for (std::thread& thread : threads_) thread.join();  // nobody submits, so no thread comes
+    threads_.clear();
+    for (const ReadJob& job : jobs_) {
+        job.cache->abort_io(job.run);
+        let_go(job);
+    }
+    jobs_.clear();
+}
+
+void Reader::add_processors(std::vector<runtime::Processor*>& out) {
+    std::lock_guard guard(lock_);
+    out.insert(out.end(), processors_.begin(), processors_.end());
+}
+
+void Reader::serve() {
+    cpu_set_t here;
+    CPU_ZERO(&here);
+    CPU_SET(cpu_, &here);
+    pthread_setaffinity_np(pthread_self(), sizeof here, &here);
+    pthread_setname_np(pthread_self(), ("k42-read-" + std::to_string(cpu_)).c_str());
+    std::unique_lock guard(lock_);
+    processors_.push_back(&runtime::current());
+    for (;;) {
+        ++idle_;
+        filled_.wait(guard, [&] { return stopped_ || !jobs_.empty(); });
+        --idle_;
+        if (stopped_) return;
+        const ReadJob job = jobs_.front();
+        jobs_.pop_front();
+        guard.unlock();
+        if (read(job)) {
+            finished_.fetch_add(1, std::memory_order_relaxed);
+            let_go(job);
+        } else {
+            give_up(job);
+        }
+        guard.lock();
+    }
+}
+
+void Reader::give_up(const ReadJob& job) {
+    given_up_.fetch_add(1, std::memory_order_relaxed);
+    hand_up_(job);
+    let_go(job);
+}
+
+// False: the pages are absent again.
+bool Reader::read(const ReadJob& job) {
+    FileCache& cache = *job.cache;
+    Source& source = *cache.source();
+    FramePool& frames = cache.pool();
+    const uint32_t count = job.run.count;
+    bool granted = false;
+    if (frames.budget() >= kFewFrames) {
+        granted = frames.allocate(count, cache.backing()) == FramePool::Grant::granted;
+        if (!granted) {
+            // Its own clean pages first; then Python asks all, and waits.
+            cache.reclaim(std::max<uint64_t>(count, kReclaim), source.pattern() != Source::Pattern::sequential);
+            granted = frames.allocate(count, cache.backing()) == FramePool::Grant::granted;
+        }
+    }
+    if (!granted || !source.fill(cache.memfd(), job.run.first, count)) {
+        cache.abort_io(job.run);
+        // After it: what was filled already still took frames.
+        if (granted) frames.release(count, cache.backing());
+        return false;
+    }
+    FaultAt fault = job.fault;
+    runtime::Processor& processor = runtime::current();
+    runtime::enter(processor);
+    // Only inside the gate does the window stay: it may have gone, and another come to its addresses.
+    bool mapped = false;
+    const auto entry = fault.hat->retired() ? std::nullopt : fault.hat->regions().lookup(job.canonical);
+    Region* const region = entry ? entry->value : nullptr;
+    if (region && region->gate.try_enter() == RegionGate::Entry::entered) {
+        if (region->cache == &cache && fault.hat->canonical(fault.cpu, fault.address) == job.canonical &&
+            region->page_at(job.canonical) == job.page) {
+            fault.tracked = region->tracked.load(std::memory_order_relaxed);
+            cache.complete_io(&fault, job.page, job.run, region->first_page, region->first_page + region->pages);
+            mapped = true;
+        }
+        region->gate.leave();
+    }
+    (void)runtime::leave(processor);
+    if (!mapped) {
+        cache.complete_io(nullptr, job.page, job.run, 0, 0);
+        // It happens again where it can.
+        fault.hat->wake(fault.cpu, fault.address, kPageSize);
+    }
+    source.missed(job.run.first, count);
+    return true;
+}
+
+}  // namespace k42::vm
