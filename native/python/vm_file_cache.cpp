@@ -373,7 +373,7 @@ PyObject* read_from(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint32_t cluster;
     if (!unpack("read_from", args, nargs, descriptor, size, cluster, hints, id)) return nullptr;
     FileCacheValue& value = Self::of(self);
-    if (descriptor < 0 || cluster < 1 || cluster > vm::Reader::kMostPages || value.cache.source()) {
+    if (descriptor < 0 || cluster < 1 || cluster > vm::Source::kMostPages || value.cache.source()) {
         PyErr_SetString(PyExc_ValueError, "no descriptor, a cluster of too many pages, or it has a source already");
         return nullptr;
     }
@@ -386,6 +386,17 @@ PyObject* read_from(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     }
     value.cache.read_from(std::make_unique<vm::Source>(descriptor, size, cluster, queue, id));
     Py_RETURN_NONE;
+}
+
+PyObject* read_in(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t first, end;
+    if (!unpack("read_in", args, nargs, first, end)) return nullptr;
+    vm::FileCache& cache = cache_of(self);
+    if (cache.source()) {
+        Detached detached;
+        first = vm::read_in(cache, first, end);
+    }
+    return PyLong_FromUnsignedLongLong(first);
 }
 
 // Runs with the cache's source; does nothing where there is none.
@@ -538,6 +549,8 @@ PyMethodDef methods[] = {
     {"read_from", fast(read_from), METH_FASTCALL,
      "read_from(descriptor, size, cluster, hints, id): absent pages are read by native threads, `cluster` at once; "
      "misses that follow each other are told to the HintQueue, if not None, under the id."},
+    {"read_in", fast(read_in), METH_FASTCALL,
+     "read_in(first, end): bring in absent pages natively; where that ended: the rest, if any, is the FR's."},
     {"source_size", fast(source_size), METH_FASTCALL,
      "source_size(size): the file has so many bytes; 0: we change its length, and native threads read nothing."},
     {"advise_source", fast(advise_source), METH_FASTCALL,

@@ -22,6 +22,7 @@
 #include "vm/engine.hpp"
 #include "vm/file_cache.hpp"
 #include "vm/hat.hpp"
+#include "vm/reader.hpp"
 #include "vm/region.hpp"
 #include "vm/status_page.hpp"
 #include "vm/uffd.hpp"
@@ -547,7 +548,8 @@ void status_page() {
 
 // A World whose file is mapped in this process, one window a CPU, and served by an engine.
 struct RealWorld : World {
-    RealWorld(uint64_t budget, uint64_t pages_, uint32_t group, Fill fill, Backing backing, bool stick)
+    RealWorld(uint64_t budget, uint64_t pages_, uint32_t group, Fill fill, Backing backing, bool stick,
+              std::unique_ptr<Source> source = nullptr)
         : World(budget, pages_, fill, backing),
           cpus(machine_cpus()),
           pages(pages_),
@@ -566,6 +568,7 @@ struct RealWorld : World {
         region = std::make_unique<Region>(base(0), pages, 0, group, 1, false, &cache, hat);
         CHECK(regions.insert(base(0), base(0) + length(), region.get()));
         cache.attach(region.get());
+        if (source) cache.read_from(std::move(source));
         CHECK(!engine.add(hat, 0, getpid()));  // not started
         engine.start();
         add();
@@ -727,21 +730,18 @@ void real_remove_and_add() {
     writers.check();
 }
 
-// The same where native threads read: from a file whose length, and so whose times, changes while they do. What they
-// give up for that is filled by workers.
-void real_file_read_natively(int reads) {
+// The same where native threads read, for faults and ahead of them: from a file whose length, and so whose times,
+// changes while they do. What they give up for that is filled by workers.
+void real_file_read_natively(uint64_t budget, int reads) {
     begin("real_file_read_natively");
     constexpr int kReaders = 4;
-    constexpr uint64_t kPages = 2'000, kBudget = 1'024;
-    RealWorld world(kBudget, kPages, 1, Fill::store, Backing::file, true);
-    const int file = memfd_create("a file", MFD_CLOEXEC);
-    for (uint64_t page = 0; page < kPages; ++page) {
-        uint64_t words[kPageSize / 8];
-        for (uint64_t k = 0; k < kPageSize / 8; ++k) words[k] = pattern(page, k * 8);
-        CHECK(pwrite(file, words, sizeof words, off_t(page * kPageSize)) == ssize_t(sizeof words));
-    }
+    constexpr uint64_t kPages = 2'000;
+    const Memory file(kPages);
+    for (uint64_t page = 0; page < kPages; ++page) file.fill(page);
     HintQueue hints;
-    world.cache.read_from(std::make_unique<Source>(file, kPages * kPageSize, 4, &hints, 7));
+    auto made = std::make_unique<Source>(file.fd(), kPages * kPageSize, 4, &hints, 7);
+    Source& source = *made;
+    RealWorld world(budget, kPages, 1, Fill::store, Backing::file, true, std::move(made));
     std::vector<std::thread> workers;
     for (size_t i = 0; i < 2 * world.cpus.size(); ++i) {
         workers.emplace_back([&, i] {
@@ -753,13 +753,25 @@ void real_file_read_natively(int reads) {
         });
     }
     std::atomic<int> running{kReaders};
-    in_threads(kReaders + 2, [&](int who) {
+    in_threads(kReaders + 4, [&](int who) {
         Random random(seed() + uint64_t(who));
         while (who >= kReaders && running.load() > 0) {
             if (who == kReaders) {
                 world.cache.reclaim(1 + random.below(64), random.one_in(2));
+            } else if (who == kReaders + 1) {
+                CHECK(ftruncate(file.fd(), off_t((kPages + random.below(3)) * kPageSize)) == 0);
+            } else if (who == kReaders + 2) {
+                const uint64_t first = random.below(kPages);
+                const uint64_t end = std::min(first + 1 + random.below(100), kPages);
+                const uint64_t reached = read_in(world.cache, first, end);
+                CHECK(reached >= first && reached <= end);
             } else {
-                CHECK(ftruncate(file, off_t((kPages + random.below(3)) * kPageSize)) == 0);
+                source.advise(Source::Pattern(random.below(3)));
+                source.resize(0);
+                source.resize(kPages * kPageSize);
+                source.begin_write();
+                source.end_write();
+                world.engine.synchronize();
             }
             for (uint64_t i = random.below(64); i > 0; --i) std::this_thread::yield();
         }
@@ -775,12 +787,11 @@ void real_file_read_natively(int reads) {
     const Engine::Counts served = world.engine.counts();
     world.engine.stop();
     for (std::thread& worker : workers) worker.join();
-    world.cache.source()->drain();
+    source.drain();
     world.check_quiet();
     CHECK(served.read > 0);
     std::printf("  reads %llu, handed up %llu\n", static_cast<unsigned long long>(served.read),
                 static_cast<unsigned long long>(served.handed_up));
-    close(file);
 }
 
 // A file of more pages than there are frames: what is handed up is filled from the store, an evictor takes pages
@@ -850,8 +861,9 @@ void real_file(uint64_t budget, uint32_t group, int reads) {
 
 // A region goes while threads fault on it, in the order in which the kernel does it. System calls touch the pages,
 // so that what is ended shows as EFAULT and not as a signal. AddressSanitizer watches the freed objects.
-void real_unmap() {
+void real_unmap(Fill fill) {
     begin("real_unmap");
+    const Memory file(256);
     for (int round = 0; round < 8; ++round) {
         RegionMap regions;
         FramePool pool(256);
@@ -859,9 +871,12 @@ void real_unmap() {
         const std::vector<int> cpus = machine_cpus();
         auto* hat = new UffdHat(1, &regions, int(cpus.size()), StatusPage::create(), CommandRing::create());
         Engine engine(cpus, true, true);
-        engine.start();
-        auto cache = std::make_unique<FileCache>(&pool, memory.another_fd(), make_journal(256), 256, Fill::zero,
+        auto cache = std::make_unique<FileCache>(&pool, memory.another_fd(), make_journal(256), 256, fill,
                                                  Backing::overcommitted, Policy::fifo, int(cpus.size()));
+        if (fill == Fill::store) {
+            cache->read_from(std::make_unique<Source>(file.fd(), 256 * kPageSize, 16, nullptr, 0));
+        }
+        engine.start();
         constexpr uint64_t kLength = 256 * kPageSize;
         std::vector<unsigned char*> windows;
         for (size_t cpu = 0; cpu < cpus.size(); ++cpu) {
@@ -1069,11 +1084,13 @@ int main(int argc, char** argv) {
         real_zero_fill(1);
         real_zero_fill(16);
         real_remove_and_add();
-        real_file_read_natively(2'000);
+        real_file_read_natively(1'024, 2'000);
+        real_file_read_natively(31, 250);
         real_file(31, 1, 250);
         real_file(31, 4, 250);
         real_file(1, 1, 20);
-        real_unmap();
+        real_unmap(Fill::zero);
+        real_unmap(Fill::store);
         real_stale_hand_up();
         real_engine_stop();
     }

@@ -239,7 +239,7 @@ bool Engine::handle(FaultAt fault, std::optional<uint64_t> canonical, ReadJob* j
         return cache.resolve(fault, page, {group.first, group.count}, {around.first, around.count});
     };
     Outcome outcome = resolve();
-    if (outcome == Outcome::absent && job && cache.source() && group.count <= Reader::kMostPages) {
+    if (outcome == Outcome::absent && job && cache.source() && group.count <= Source::kMostPages) {
         if (const FileCache::Run run = cache.begin_read(page, {group.first, group.count}); run.count) {
             fault.hat->retain();
             *job = {&cache, fault, *canonical, page, run};

@@ -143,6 +143,7 @@ void FileCache::give_hint(Run mapped) {
         // reader comes to a page that is absent, and is read ahead for again.
         const uint32_t bit = 1u << slot;
         if (!(markers_.set.fetch_and(~bit, std::memory_order_acq_rel) & bit)) continue;
+        if (source_) source_->followed();
         markers_.hints.load(std::memory_order_relaxed)->push({markers_.id.load(std::memory_order_relaxed), page});
     }
 }
@@ -930,14 +931,11 @@ uint64_t FileCache::restore() {
 void FileCache::read_from(std::unique_ptr<Source> source) { source_ = std::move(source); }
 
 FileCache::Run FileCache::begin_read(uint64_t page, Run group) {
+    Run within = source_->around(page, group);
+    within.count = uint32_t(std::min<uint64_t>(within.count, std::max(pages(), page + 1) - within.first));
     source_->begin();
-    Run within = group;
-    if (const uint32_t cluster = source_->cluster(); cluster > group.count) {
-        within = {page - page % cluster, cluster};
-        within.count = uint32_t(std::min<uint64_t>(cluster, std::max(pages(), page + 1) - within.first));
-    }
     const Run run = begin_io(page, within);
-    if (run.count == 0) source_->end();
+    run.count ? source_->missed(run) : source_->end();
     return run;
 }
 

@@ -20,13 +20,11 @@ namespace k42::vm {
 
 namespace {
 
-constexpr size_t kThreads = 4;         // a CPU: so many requests a disk gets at once from the faults of one
-constexpr uint64_t kFewFrames = 1024;  // a smaller budget is all Python's, which knows what may wait for what
-constexpr uint64_t kReclaim = 64;      // frames at least, so as not to come again at once
-constexpr uint64_t kReach = 32;        // pages: _MAX_STRIDE in src/k42/vm/readahead.py
+constexpr size_t kThreads = 4;     // a CPU: so many requests a disk gets at once from the faults of one
+constexpr uint64_t kReclaim = 64;  // frames at least, so as not to come again at once
 
 struct Buffer {
-    alignas(4096) std::byte bytes[Reader::kMostPages * kPageSize];
+    alignas(4096) std::byte bytes[Source::kMostPages * kPageSize];
 };
 
 // Size and times, as version_of() in src/k42/vm/fr/file.py.
@@ -97,30 +95,55 @@ void Source::tell(Recent& miss) const {
     miss.told = true;
 }
 
-void Source::missed(uint64_t first, uint32_t count) {
+Source::Recent* Source::near(uint64_t page) {
+    for (Recent& recent : recent_) {
+        if (recent.count && page + kReach >= recent.first && page <= recent.first + recent.count + kReach) return &recent;
+    }
+    return nullptr;
+}
+
+PageTable::Run Source::around(uint64_t page, PageTable::Run group) {
+    const Pattern pattern = this->pattern();
+    if (pattern == Pattern::random || group.count >= kMostPages) return group;
+    std::lock_guard guard(recent_lock_);
+    const Recent* const recent = near(page);
+    uint64_t first = page - page % cluster_;
+    uint64_t end = first + cluster_;
+    if (pattern == Pattern::sequential) {
+        end = page + kMostPages;
+    } else if (recent && page == recent->first + recent->count) {
+        end = page + 2 * recent->count;
+    } else if (strays_.load(std::memory_order_relaxed) == kManyStrays) {
+        return group;
+    }
+    first = std::min(first, group.first);
+    end = std::max(end, group.first + group.count);
+    return {first, uint32_t(std::min<uint64_t>(end - first, kMostPages))};
+}
+
+void Source::missed(PageTable::Run run) {
     const Pattern pattern = this->pattern();
     if (pattern == Pattern::random) return;
-    Recent miss{first, count};
+    Recent miss{run.first, run.count};
     std::lock_guard guard(recent_lock_);
     const uint32_t strays = strays_.load(std::memory_order_relaxed);
-    const auto near = std::find_if(recent_.begin(), recent_.end(), [&](const Recent& recent) {
-        return recent.count && first + kReach >= recent.first && first <= recent.first + recent.count + kReach;
-    });
-    if (near == recent_.end()) {
+    Recent* const recent = near(run.first);
+    if (!recent) {
         strays_.store(std::min(strays + 1, kManyStrays), std::memory_order_relaxed);
         if (pattern == Pattern::sequential) tell(miss);
         recent_[next_++ % recent_.size()] = miss;
         return;
     }
     strays_.store(strays - std::min(strays, kNear), std::memory_order_relaxed);
-    if (first >= near->first) {
-        tell(*near);
+    if (run.first >= recent->first) {
+        tell(*recent);
         tell(miss);
     }
-    *near = miss;
+    *recent = miss;
 }
 
 void Reader::submit(const ReadJob& job) {
+    bool taken;
     {
         std::lock_guard guard(lock_);
         jobs_.push_back(job);
@@ -132,10 +155,11 @@ void Reader::submit(const ReadJob& job) {
                 if (threads_.empty()) jobs_.pop_back();
             }
         }
-        if (!threads_.empty()) {
-            filled_.notify_one();
-            return;
-        }
+        taken = !threads_.empty();
+    }
+    if (taken) {
+        filled_.notify_one();  // without the lock: who wakes up on this CPU goes on at once, and takes it
+        return;
     }
     job.cache->abort_io(job.run);
     give_up(job);
@@ -193,27 +217,41 @@ void Reader::give_up(const ReadJob& job) {
     let_go(job);
 }
 
+bool fill_run(FileCache& cache, PageTable::Run run) {
+    const Source& source = *cache.source();
+    FramePool& frames = cache.pool();
+    bool granted = frames.allocate(run.count, cache.backing()) == FramePool::Grant::granted;
+    if (!granted) {
+        // Its own clean pages first; then Python asks all, and waits.
+        cache.reclaim(std::max<uint64_t>(run.count, kReclaim), source.pattern() != Source::Pattern::sequential);
+        granted = frames.allocate(run.count, cache.backing()) == FramePool::Grant::granted;
+    }
+    if (granted && source.fill(cache.memfd(), run.first, run.count)) return true;
+    cache.abort_io(run);
+    // After it: what was filled already still took frames.
+    if (granted) frames.release(run.count, cache.backing());
+    return false;
+}
+
+uint64_t read_in(FileCache& cache, uint64_t first, uint64_t end) {
+    while (first < end) {
+        const auto count = uint32_t(std::min<uint64_t>(end - first, Source::kMostPages));
+        const PageTable::Run run = cache.begin_fill({first, count});
+        if (run.count == 0) {  // others bring it in, or have
+            first += count;
+            continue;
+        }
+        if (!fill_run(cache, run)) return run.first;
+        cache.complete_io(nullptr, run.first, run, 0, 0);
+        first = run.first + run.count;
+    }
+    return end;
+}
+
 // False: the pages are absent again.
 bool Reader::read(const ReadJob& job) {
     FileCache& cache = *job.cache;
-    Source& source = *cache.source();
-    FramePool& frames = cache.pool();
-    const uint32_t count = job.run.count;
-    bool granted = false;
-    if (frames.budget() >= kFewFrames) {
-        granted = frames.allocate(count, cache.backing()) == FramePool::Grant::granted;
-        if (!granted) {
-            // Its own clean pages first; then Python asks all, and waits.
-            cache.reclaim(std::max<uint64_t>(count, kReclaim), source.pattern() != Source::Pattern::sequential);
-            granted = frames.allocate(count, cache.backing()) == FramePool::Grant::granted;
-        }
-    }
-    if (!granted || !source.fill(cache.memfd(), job.run.first, count)) {
-        cache.abort_io(job.run);
-        // After it: what was filled already still took frames.
-        if (granted) frames.release(count, cache.backing());
-        return false;
-    }
+    if (!fill_run(cache, job.run)) return false;
     FaultAt fault = job.fault;
     runtime::Processor& processor = runtime::current();
     runtime::enter(processor);
@@ -236,7 +274,6 @@ bool Reader::read(const ReadJob& job) {
         // It happens again where it can.
         fault.hat->wake(fault.cpu, fault.address, kPageSize);
     }
-    source.missed(job.run.first, count);
     return true;
 }
 

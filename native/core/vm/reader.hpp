@@ -24,6 +24,8 @@ namespace k42::vm {
 // A local file from which pages are filled by pread(), and what must be known of it to do so.
 class Source {
   public:
+    static constexpr uint32_t kMostPages = 64;  // of a run: 256 KiB; what is larger pays Python's O_DIRECT
+
     // How it will be read, as a client advises: see Advice in src/k42/vm/readahead.py.
     enum class Pattern : uint8_t { normal, sequential, random };
 
@@ -37,11 +39,14 @@ class Source {
 
     void advise(Pattern pattern) { pattern_.store(pattern, std::memory_order_relaxed); }
     Pattern pattern() const { return pattern_.load(std::memory_order_relaxed); }
-    // Pages to read at once: one where misses are at random, as far as one can see.
-    uint32_t cluster() const {
-        const bool random = pattern() == Pattern::random || strays_.load(std::memory_order_relaxed) == kManyStrays;
-        return random ? 1 : cluster_;
-    }
+
+    // What to read at once for a fault on `page` that needs `group`, at most kMostPages: more where misses follow each
+    // other, no more where they are at random, as far as one can see.
+    PageTable::Run around(uint64_t page, PageTable::Run group);
+    // A miss brings this run in: if it goes on where another ended, Python's read-ahead is told of both.
+    void missed(PageTable::Run run);
+    // What was read ahead is used.
+    void followed() { strays_.store(0, std::memory_order_relaxed); }
 
     // A write of our own to the file is under way: its times then change by us. Such writes may overlap.
     void begin_write() {
@@ -52,9 +57,6 @@ class Source {
 
     // Fills the run, whose frames are allocated. False: not done, some frames may be there.
     bool fill(int memfd, uint64_t first, uint32_t count) const;
-
-    // A miss brought this run in: if it goes on where another ended, Python's read-ahead is told of both.
-    void missed(uint64_t first, uint32_t count);
 
     void begin() { active_.fetch_add(1, std::memory_order_relaxed); }
     void end() {
@@ -77,12 +79,15 @@ class Source {
     // Misses far from all recent ones, less kNear for each that was near one, after which single pages are read: where
     // each page is wanted alone, its neighbours cost twice its time. Linux does so after as many (MMAP_LOTSAMISS).
     static constexpr uint32_t kManyStrays = 100, kNear = 8;
+    static constexpr uint64_t kReach = 32;  // pages: _MAX_STRIDE in src/k42/vm/readahead.py
 
     // As of a moment; two moments that differ, or a first one that is odd, had a write of ours between.
     uint64_t writes() const {
         const uint64_t begun = writes_.load(std::memory_order_seq_cst);
         return 2 * begun + (writing_.load(std::memory_order_seq_cst) != 0);
     }
+    // Of the recent misses the one that a miss on `page` may belong to, before or after it.
+    Recent* near(uint64_t page);
     void tell(Recent& miss) const;
 
     const int descriptor_;
@@ -112,11 +117,15 @@ struct ReadJob {
     PageTable::Run run{0, 0};
 };
 
+// For who has marked a run as in I/O: takes frames for it, and fills them. False: neither, and it is absent again.
+bool fill_run(FileCache& cache, PageTable::Run run);
+
+// Brings in the absent pages of the range one after the other, for no fault. Where it ended: before what is not plain.
+uint64_t read_in(FileCache& cache, uint64_t first, uint64_t end);
+
 // The jobs of one CPU, and its threads, which come as they are needed.
 class Reader {
   public:
-    static constexpr uint32_t kMostPages = 64;  // of a run: 256 KiB; what is larger pays Python's O_DIRECT
-
     // `cpu`: where the threads run. `hand_up`: takes a fault that could not be finished here.
     Reader(int cpu, std::function<void(const ReadJob&)> hand_up) : cpu_(cpu), hand_up_(std::move(hand_up)) {}
     ~Reader() { stop(); }

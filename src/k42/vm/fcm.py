@@ -46,6 +46,7 @@ _RETRY = 1.0  # seconds until a store that failed to take pages is tried again
 AROUND = 16
 """Pages of 4 KiB of which the resident ones are mapped by one fault, unless a mapping says otherwise."""
 _PATIENCE = 100  # ms between two looks at pages that others have in I/O
+_FEW_FRAMES = 1024  # with less no native thread reads: here it is known what may wait for what
 _PATTERNS = (Advice.NORMAL, Advice.SEQUENTIAL, Advice.RANDOM)  # in the order of Source::Pattern
 
 
@@ -306,7 +307,7 @@ class SharedFCM(FileCacheManager):
                     if descriptor >= 0:
                         os.close(descriptor)
                 raise
-            if (source := fr.native_descriptor()) >= 0:
+            if (source := fr.native_descriptor()) >= 0 and global_pm.usage()["budget"] >= _FEW_FRAMES:
                 self.cache.read_from(source, fr.size(), self.cluster, hints, id)
 
         def export_state(self, form: str) -> SharedFCM.Root:
@@ -411,6 +412,8 @@ class SharedFCM(FileCacheManager):
                 root.queue.submit(functools.partial(self._read_ahead, first, end, pm), urgent=False)
 
     def _read_ahead(self, first: int, end: int, pm: PageManager | GlobalPageManager) -> None:
+        end = min(end, self.root.cache.pages())
+        first = self.root.cache.read_in(first, end)
         with contextlib.suppress(StoreError, OutOfFrames, k42.Destroyed):  # whoever touches the pages will be told
             self._bring_in(first, end, pm)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import struct
@@ -9,10 +10,10 @@ import threading
 import time
 
 import pytest
+from vm_support import PAGE, until
 
 from k42 import _native, vm
 
-PAGE = 4096
 PAGES = 4096
 
 
@@ -23,19 +24,23 @@ def _numbered(path, pages=PAGES):
     return path
 
 
-def test_they_read_what_the_file_has(kernels, connect, folder):
+@pytest.mark.parametrize("objects", ["shared", "distributed", "default,fcm=partitioned"])
+def test_they_read_what_the_file_has(kernels, connect, folder, objects):
     path = _numbered(folder / "file")
     with path.open("ab") as file:
         file.write(b"end")
-    client = connect(kernels(budget=64 << 20))
+    client = connect(kernels(budget=64 << 20, objects=objects))
     with client.open(path) as mapping:
         mapping.advise("random")
         _, wrong = _native.visit_pages(memoryview(mapping)[: PAGES * PAGE], 500, 42, 0)
         assert wrong == 0
         assert mapping[PAGES * PAGE :] == b"end"
-        counts = client.stat()["engine"]
-        assert counts["read"] > 300
-        assert counts["faults"] == counts["finished"] + counts["handed_up"]
+
+        def all_are_counted():  # which is after who faulted goes on
+            counts = client.stat()["engine"]
+            return counts["read"] > 300 and counts["faults"] == counts["finished"] + counts["handed_up"]
+
+        until(all_are_counted, "every fault is finished here or handed up")
         assert bytes(mapping) == path.read_bytes()
 
 
@@ -133,3 +138,78 @@ def test_shrinking_and_growing_leave_zeros_behind(kernels, connect, folder):
         mapping.resize(64 * PAGE)
         assert mapping[32 * PAGE : 32 * PAGE + 8] == struct.pack("<Q", 32)
         assert mapping[32 * PAGE + 16 :] == bytes(32 * PAGE - 16)
+
+
+@pytest.mark.parametrize("frames", [1, 31])
+def test_what_has_few_frames_is_read_by_python(kernels, connect, folder, frames):
+    path = _numbered(folder / "file", 100)
+    client = connect(kernels(budget=frames * PAGE))
+    with client.open(path) as mapping:
+        _, wrong = _native.visit_pages(mapping, 200, 42, 0)
+        assert wrong == 0
+        assert client.stat()["engine"]["read"] == 0
+        assert client.stat()["frames"]["file"] <= frames
+
+
+def test_at_random_pages_are_read_alone_once_that_shows(kernels, connect, folder):
+    path = _numbered(folder / "file", 16 * PAGES)
+    client = connect(kernels(budget=256 << 20))
+    with client.open(path) as mapping:
+        _, wrong = _native.visit_pages(mapping, 1000, 42, 0)
+        assert wrong == 0
+        [file] = client.stat()["files"]
+        assert file["filled"] < 1000 * 16 // 2
+        _native.visit_pages(mapping, 16 * PAGES, 0, 0)  # in order it is read on, as before
+        assert client.stat()["engine"]["read"] < 1000 + 16 * PAGES // 8
+
+
+def test_a_file_that_others_write_meanwhile_is_no_mixture(kernels, connect, folder):
+    path = folder / "file"
+    path.write_bytes(bytes(PAGES * PAGE))
+    client = connect(kernels(budget=8 << 20))
+    stop = threading.Event()
+    one_page = [bytes([value]) * PAGE for value in range(256)]
+
+    def write():
+        value = 0
+        with path.open("r+b", buffering=0) as file:
+            while not stop.is_set():
+                value = (value + 1) % 256
+                os.pwrite(file.fileno(), one_page[value], value % 64 * PAGE)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        with client.open(path) as mapping:
+            mapping.advise("random")
+            for turn in range(500):
+                page = turn % 64
+                with contextlib.suppress(vm.StoreError):  # others write to it all the time
+                    assert len(set(mapping[page * PAGE : (page + 1) * PAGE])) == 1
+                if page == 63:
+                    mapping.advise("dontneed")
+    finally:
+        stop.set()
+        writer.join()
+
+
+def test_the_last_client_and_the_kernel_go_while_pages_are_read(kernels, folder, script):
+    path = _numbered(folder / "file")
+    code = """
+        from k42 import _native
+        client = vm.connect(sys.argv[1])
+        mapping = client.open(sys.argv[2])
+        mapping.advise("random")
+        for seed in range(1, 5):
+            threading.Thread(target=_native.visit_pages, args=(mapping, 1 << 30, seed, 0), daemon=True).start()
+        say("ready")
+        sys.stdin.readline()
+        os._exit(0)
+        """
+    for end_kernel_first in (False, True):
+        kernel = kernels(budget=8 << 20)
+        process = script(code, kernel.socket, path)
+        assert process.line() == "ready"
+        if not end_kernel_first:
+            os.kill(process.pid, signal.SIGKILL)
+        assert kernel.stop() == 0
