@@ -178,7 +178,6 @@ class FileCache {
     // The number of pages made resident.
     uint64_t restore();
 
-
     // Absent pages are read by native threads from now on. Before any region shows the file.
     void read_from(std::unique_ptr<Source> source);
     Source* source() const { return source_.get(); }

@@ -97,7 +97,8 @@ void Source::tell(Recent& miss) const {
 
 Source::Recent* Source::near(uint64_t page) {
     for (Recent& recent : recent_) {
-        if (recent.count && page + kReach >= recent.first && page <= recent.first + recent.count + kReach) return &recent;
+        if (recent.count && page + kReach >= recent.first && page <= recent.first + recent.count + kReach)
+            return &recent;
     }
     return nullptr;
 }
