@@ -23,8 +23,9 @@ namespace {
 constexpr size_t kThreads = 4;     // a CPU: so many requests a disk gets at once from the faults of one
 constexpr uint64_t kReclaim = 64;  // frames at least, so as not to come again at once
 
+// What is read at once: most of it is in the processor's cache still when it is written to the frames.
 struct Buffer {
-    alignas(4096) std::byte bytes[Source::kMostPages * kPageSize];
+    alignas(4096) std::byte bytes[8 * kPageSize];
 };
 
 // Size and times, as version_of() in src/k42/vm/fr/file.py.
@@ -69,25 +70,30 @@ bool Source::fill(int memfd, uint64_t first, uint32_t count) const {
     if (!buffer) buffer = std::make_unique<Buffer>();
     std::byte* const bytes = buffer->bytes;
     const uint64_t offset = first * kPageSize;
-    const uint64_t length = count * kPageSize;
+    const uint64_t end = offset + count * kPageSize;
     const uint64_t writes = this->writes();
     const uint64_t size = size_.load(std::memory_order_seq_cst);
-    if (offset + length >= size + kPageSize) return false;
-    const uint64_t wanted = std::min(length, size - offset);
+    if (end >= size + kPageSize) return false;
     Version before, after;
     if (!version_of(descriptor_, before)) return false;
-    if (!whole(wanted,
-               [&](uint64_t done) { return pread(descriptor_, bytes + done, wanted - done, off_t(offset + done)); })) {
-        return false;
+    for (uint64_t at = offset; at < end; at += sizeof buffer->bytes) {
+        const uint64_t length = std::min(end - at, sizeof buffer->bytes);
+        const uint64_t wanted = std::min(length, size - at);
+        if (!whole(wanted,
+                   [&](uint64_t done) { return pread(descriptor_, bytes + done, wanted - done, off_t(at + done)); })) {
+            return false;
+        }
+        memset(bytes + wanted, 0, length - wanted);
+        if (!whole(length,
+                   [&](uint64_t done) { return pwrite(memfd, bytes + done, length - done, off_t(at + done)); })) {
+            return false;
+        }
     }
     if (!version_of(descriptor_, after)) return false;
     // What others changed meanwhile is not to be a mixture. Writes of ours are of pages that are resident, so not of
     // these; changes of the length are.
     if (size_.load(std::memory_order_seq_cst) != size) return false;
-    if (!(before == after) && !(writes & 1) && writes == this->writes()) return false;
-    memset(bytes + wanted, 0, length - wanted);
-    return whole(length,
-                 [&](uint64_t done) { return pwrite(memfd, bytes + done, length - done, off_t(offset + done)); });
+    return before == after || (writes & 1) || writes != this->writes();
 }
 
 void Source::tell(Recent& miss) const {
