@@ -268,7 +268,8 @@ PyMethodDef methods[] = {
     {"unreserve", fast(unreserve), METH_FASTCALL, "Take a promise to anonymous memory back."},
     {"promise_file", fast(promise_file), METH_FASTCALL, "Keep room for a file page of so many frames."},
     {"allocate", fast(allocate), METH_FASTCALL,
-     "allocate(frames, backing, owner): take frames, charged to the account of this number: 0 granted, 1 reclaim first, "
+     "allocate(frames, backing, owner): take frames, charged to the account of this number: 0 granted, 1 reclaim "
+     "first, "
      "2 exhausted, 3 the account is at its limit, or closed."},
     {"release", fast(release), METH_FASTCALL, "release(frames, backing, owner): give frames back."},
     {"changes", changes, METH_NOARGS, "Releases and completions so far, for wait()."},

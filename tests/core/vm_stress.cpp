@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstring>
 #include <memory>
@@ -180,12 +181,13 @@ struct World {
             }
             const FileCache::Run run = cache.begin_io(page, {first, count});
             if (!run.count) continue;
-            allocate(run.count, random);
+            // Others' read-ahead brings pages in as well as the client that faults.
+            const uint16_t owner = random.one_in(2) ? fault.hat->account() : account_of(random);
+            allocate(run.count, random, owner);
             if (abort_one_in && random.one_in(abort_one_in)) {
                 for (uint32_t i = 0; i < run.count / 2 + 1; ++i) memory.fill(run.first + i);
                 aborted.fetch_add(run.count, std::memory_order_relaxed);
-                cache.abort_io(run);
-                pool.release(run.count, cache.backing());
+                cache.abort_io(run, run.count, owner);
                 continue;
             }
             for (uint32_t i = 0; i < run.count; ++i) {
@@ -196,19 +198,47 @@ struct World {
                 if (tells_evictions) known.live[at] = 1;
                 ++known.fills[at];
             }
-            cache.complete_io(&fault, page, run, region.first_page, region.first_page + region.pages);
+            cache.complete_io(&fault, page, run, region.first_page, region.first_page + region.pages, false, owner);
             break;
         }
         CHECK(region.gate.leave());
     }
 
-    void allocate(uint32_t frames, Random& random) {
+    void allocate(uint32_t frames, Random& random, uint16_t owner = 0) {
         for (;;) {
             const uint64_t seen = pool.changes();
-            if (pool.allocate(frames, cache.backing()) == FramePool::Grant::granted) return;
+            if (pool.allocate(frames, cache.backing(), owner) == FramePool::Grant::granted) return;
             random.maybe_yield(2);
-            if (!cache.reclaim(frames, random.one_in(2)).given) CHECK(pool.wait(seen, kLong));
+            if (!reclaim(frames, random)) CHECK(pool.wait(seen, kLong));
         }
+    }
+
+    // First from those above their shares, as the Global PM does; sometimes from somebody.
+    uint64_t reclaim(uint64_t frames, Random& random) {
+        if (random.one_in(8)) cache.reclaim(frames, random.one_in(2), account_of(random));
+        const uint64_t given =
+            pool.accounts().refresh() ? cache.reclaim(frames, random.one_in(2), FileCache::kAboveShare).given : 0;
+        return given ? given : cache.reclaim(frames, random.one_in(2)).given;
+    }
+
+    uint16_t account_of(Random& random) {
+        return random.one_in(3) ? uint16_t(0) : accounts[random.below(accounts.size())]->id();
+    }
+
+    // At any moment: what is charged is in use, and has pages, or will have.
+    void check_accounts() {
+        FileCache::Tally tally;
+        const FramePool::Census census = pool.census([&] { cache.tally(tally); });
+        const uint64_t in_use = census.usage.file + census.usage.reserved + census.usage.overcommitted;
+        uint64_t charged = 0, resident = 0;
+        for (const auto& [number, frames] : census.charged) {
+            charged += uint64_t(frames);
+            resident += tally.resident[number];
+            CHECK(uint64_t(frames) >= tally.resident[number]);
+        }
+        CHECK_EQUAL(charged, in_use);
+        CHECK(resident <= in_use && in_use <= resident + tally.moving);
+        CHECK(pool.check() && pool.accounts().check());
     }
 
     // Nobody is at work: the pool, the table, the memfd, and the counts agree, and the pages hold what they should.
@@ -218,6 +248,7 @@ struct World {
         CHECK_EQUAL(cache.table().size(), resident.size());  // no descriptor but those of resident pages
         CHECK_EQUAL(usage.file + usage.reserved + usage.overcommitted, resident.size());
         CHECK(resident.size() <= usage.budget);
+        check_accounts();
         const FileCache::Counts counts = cache.counts();
         CHECK_EQUAL(counts.filled + counts.zero_filled - counts.evicted, resident.size());
         CHECK_EQUAL(memory.allocated(), resident.size());
@@ -227,6 +258,8 @@ struct World {
     }
 
     FramePool pool;
+    const std::array<Account*, 2> accounts{pool.accounts().open(std::nullopt, true),
+                                           pool.accounts().open(std::nullopt, false)};
     Memory memory;
     Known known;
     FileCache cache;
@@ -257,6 +290,7 @@ struct SoftWorld : World {
             CHECK(hat->add_window(1, region->start - kStart + kOtherWindow, length, region->start));
             cache.attach(region);
         }
+        hat->charge_to(accounts[0]->id());
     }
     ~SoftWorld() {
         cache.detach(&whole);
@@ -339,7 +373,8 @@ void cache_races(const char* name, uint64_t budget, uint64_t pages, uint32_t gro
                 const uint64_t seen = progress.load();
                 const uint64_t wanted = seen + 1 + random.below(16);
                 while (running.load() > 0 && progress.load() < wanted) std::this_thread::yield();
-                world.cache.reclaim(1 + random.below(std::min<uint64_t>(budget, 24)), random.one_in(2));
+                world.reclaim(1 + random.below(std::min<uint64_t>(budget, 24)), random);
+                world.check_accounts();
             }
         });
         world.check_quiet();

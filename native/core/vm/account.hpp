@@ -138,8 +138,8 @@ class Accounts {
     }
     bool above_share(uint16_t id) const { return id == 0 || excess(id) > 0; }
 
-    // Takes all shares anew, and frees the numbers of those that are closed and empty. Whether anybody has more than his
-    // share. By whoever looks for pages to evict, before it does.
+    // Takes all shares anew, and frees the numbers of those that are closed and empty. Whether anybody has more than
+    // his share. By whoever looks for pages to evict, before it does.
     bool refresh() {
         sweep();
         std::lock_guard guard(lock_);

@@ -120,7 +120,7 @@ class FileCache {
         uint64_t dirty;  // pages put in line
     };
     // `whose`: the number of an account, whose pages alone go; or one of these.
-    static constexpr uint32_t kAboveShare = 0;     // of those that have more than their shares, down to these
+    static constexpr uint32_t kAboveShare = 0;  // of those that have more than their shares, down to these
     static constexpr uint32_t kAnybodys = 1 << 16;
     Reclaimed reclaim(uint64_t count, bool thorough, uint32_t whose = kAnybodys);
 

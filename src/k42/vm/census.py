@@ -51,7 +51,7 @@ def take_census(global_pm: GlobalPageManager, fcms: Iterable[FileCacheManager]) 
     )
     expect(
         resident <= in_use <= resident + moving,
-        f"{in_use} frames are in use, {resident} pages of {len(caches)} files are resident, and {moving} coming or going",
+        f"{in_use} frames are in use: {resident} pages of {len(caches)} files are resident, {moving} come or go",
     )
     expect(held <= usage["budget"], f"Linux counts {held} frames in the files' memory, {usage['budget']} may be")
     return good, bad

@@ -435,7 +435,7 @@ class SharedFCM(FileCacheManager):
         done: Callable[[int], None],
         failed: Callable[[Exception], None],
     ) -> None:
-        """Fills a run that is marked as in I/O: frames first, then bytes; calls `failed`, or `done` with whose it is."""
+        """Fills a run that is marked as in I/O: frames, then bytes; calls `failed`, or `done` with the account."""
         root = self.root
         frames = owner = 0
         try:
@@ -446,16 +446,15 @@ class SharedFCM(FileCacheManager):
             root.cache.abort_io(first, count, frames, owner)
             if not isinstance(error, Exception):
                 raise
-            if not isinstance(error, StoreError | OutOfFrames):
+            # Destroyed: the client has gone. Others who wait for these pages try for themselves.
+            if not isinstance(error, StoreError | OutOfFrames | k42.Destroyed):
                 log.exception("pages %d to %d of %s", first, first + count, root.fr.name())
                 error = StoreError(f"the kernel failed: {type(error).__name__}: {error}")
             failed(error)
         else:
             done(owner)
 
-    def _cluster(
-        self, page: int, group: tuple[int, int], pm: PageManager | GlobalPageManager
-    ) -> tuple[int, int]:
+    def _cluster(self, page: int, group: tuple[int, int], pm: PageManager | GlobalPageManager) -> tuple[int, int]:
         """What to read at once: the group, or more where reading single pages would cost more than reading on."""
         cluster = 1 if self.root.read_ahead.advice is Advice.RANDOM else min(self.root.cluster, pm.cluster())
         if cluster <= group[1]:
@@ -481,7 +480,7 @@ class SharedFCM(FileCacheManager):
             if not got:  # others bring it in, or have
                 first += within
                 continue
-            done = functools.partial(cache.complete_prefetch, begun, got, False)  # and whose
+            done = functools.partial(cache.complete_prefetch, begun, got, False)
             self._fill(begun, got, pm, done, failures.append)
             if failures:
                 raise failures[0]

@@ -30,9 +30,9 @@ from k42 import _native
 from k42.vm import protocol
 from k42.vm.adapt import LOOK, Adapter
 from k42.vm.caches import Cached, Caches
+from k42.vm.census import take_census
 from k42.vm.channels import MOST as MOST_CHANNELS
 from k42.vm.channels import Channel
-from k42.vm.census import take_census
 from k42.vm.credentials import forget_credentials
 from k42.vm.errors import KernelUnavailable, OutOfFrames, ProtocolError, StoreError
 from k42.vm.fault import Fault
@@ -776,8 +776,8 @@ class Kernel:
         limit = client.pm.account().limit()
         if limit is not None and client.reserved + pages > limit:
             raise OutOfFrames(
-                f"anonymous memory of {pages * PAGE} bytes does not fit this client's limit of {limit * PAGE} bytes, of "
-                f"which {client.reserved * PAGE} are promised already: start the kernel with a larger "
+                f"anonymous memory of {pages * PAGE} bytes does not fit this client's limit of {limit * PAGE} bytes, "
+                f"of which {client.reserved * PAGE} are promised already: start the kernel with a larger "
                 "`--client-limit`, or ask for overcommit=True"
             )
 
@@ -873,6 +873,8 @@ class Kernel:
 
     def _disconnect(self, client: _Client | _Newcomer) -> None:
         """A client is gone, by its will or not: frees all that it had."""
+        if isinstance(client, _Newcomer) and client not in self._newcomers:
+            return  # a channel by now, whose thread may have closed it already
         self._selector.unregister(client.connection)
         with contextlib.suppress(OSError):
             client.connection.shutdown(socket.SHUT_RDWR)  # of the supervisor's duplicate, too
