@@ -285,8 +285,8 @@ bool Reader::read(const ReadJob& job) {
         if (region->cache == &cache && fault.hat->canonical(fault.cpu, fault.address) == job.canonical &&
             region->page_at(job.canonical) == job.page) {
             fault.tracked = region->tracked.load(std::memory_order_relaxed);
-            cache.complete_io(&fault, job.page, job.run, region->first_page, region->first_page + region->pages,
-                              false, owner);
+            cache.complete_io(&fault, job.page, job.run, region->first_page, region->first_page + region->pages, false,
+                              owner);
             mapped = true;
         }
         region->gate.leave();

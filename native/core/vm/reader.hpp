@@ -43,8 +43,8 @@ class Source {
     // What to read at once for a fault on `page` that needs `group`, at most kMostPages: more where misses follow each
     // other, no more where they are at random, as far as one can see.
     PageTable::Run around(uint64_t page, PageTable::Run group);
-    // A miss of this client (the HAT's number) brings the run in: if it goes on where another ended, Python's read-ahead
-    // is told of both.
+    // A miss of this client (the HAT's number) brings the run in: if it goes on where another ended, Python's
+    // read-ahead is told of both.
     void missed(PageTable::Run run, uint64_t client);
     // What was read ahead is used.
     void followed() { strays_.store(0, std::memory_order_relaxed); }
