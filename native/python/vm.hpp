@@ -11,6 +11,7 @@
 #include "vm/frame_pool.hpp"
 #include "vm/guard.hpp"
 #include "vm/hat.hpp"
+#include "vm/reader.hpp"
 #include "vm/region.hpp"
 
 namespace k42::edge {

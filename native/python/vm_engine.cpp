@@ -155,8 +155,8 @@ PyObject* next(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 
 PyObject* counts(PyObject* self, PyObject*) {
     const vm::Engine::Counts c = engine_of(self).counts();
-    return Py_BuildValue("{sKsKsKsKsKsKsK}", "faults", c.faults, "finished", c.finished, "handed_up", c.handed_up,
-                         "kept", c.kept, "local", c.local, "remote", c.remote, "rehomed", c.rehomed);
+    return Py_BuildValue("{sKsKsKsKsKsKsKsK}", "faults", c.faults, "finished", c.finished, "read", c.read, "handed_up",
+                         c.handed_up, "kept", c.kept, "local", c.local, "remote", c.remote, "rehomed", c.rehomed);
 }
 
 PyObject* processors(PyObject* self, PyObject*) {
@@ -187,7 +187,8 @@ PyMethodDef methods[] = {
     {"processors", processors, METH_NOARGS,
      "The processors of the server threads, by index of the CPU; None for one that does not run yet."},
     {"counts", counts, METH_NOARGS,
-     "Faults read, finished natively, handed up; bursts kept on a CPU; faults by where their threads belong; moves."},
+     "Faults read, finished natively, reads of files, faults handed up; bursts kept on a CPU; faults by where their "
+     "threads belong; moves."},
     {nullptr, nullptr, 0, nullptr},
 };
 

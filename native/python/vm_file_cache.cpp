@@ -370,6 +370,76 @@ PyObject* set_marker(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
+PyObject* read_from(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    PyObject* hints;
+    int descriptor;
+    uint64_t size, id;
+    uint32_t cluster;
+    if (!unpack("read_from", args, nargs, descriptor, size, cluster, hints, id)) return nullptr;
+    FileCacheValue& value = Self::of(self);
+    if (descriptor < 0 || cluster < 1 || cluster > vm::Source::kMostPages || value.cache.source()) {
+        PyErr_SetString(PyExc_ValueError, "no descriptor, a cluster of too many pages, or it has a source already");
+        return nullptr;
+    }
+    vm::HintQueue* queue = nullptr;
+    if (hints != Py_None) {
+        HintQueueValue* checked_hints = checked<HintQueueValue>(hints, vm_types.hint_queue);
+        if (!checked_hints) return nullptr;
+        value.keep(Ref::borrow(hints));
+        queue = &checked_hints->queue;
+    }
+    value.cache.read_from(std::make_unique<vm::Source>(descriptor, size, cluster, queue, id));
+    Py_RETURN_NONE;
+}
+
+PyObject* read_in(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t first, end;
+    uint16_t owner;
+    if (!unpack("read_in", args, nargs, first, end, owner)) return nullptr;
+    vm::FileCache& cache = cache_of(self);
+    if (cache.source()) {
+        Detached detached;
+        first = vm::read_in(cache, first, end, owner);
+    }
+    return PyLong_FromUnsignedLongLong(first);
+}
+
+// Runs with the cache's source; does nothing where there is none.
+template <typename Call>
+PyObject* with_source(PyObject* self, Call&& call) {
+    if (vm::Source* source = cache_of(self).source()) call(*source);
+    Py_RETURN_NONE;
+}
+
+PyObject* source_size(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t size;
+    if (!unpack("source_size", args, nargs, size)) return nullptr;
+    return with_source(self, [&](vm::Source& source) { source.resize(size); });
+}
+
+PyObject* advise_source(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint32_t pattern;
+    if (!unpack("advise_source", args, nargs, pattern)) return nullptr;
+    if (pattern > uint32_t(vm::Source::Pattern::random)) {
+        PyErr_SetString(PyExc_ValueError, "no such pattern");
+        return nullptr;
+    }
+    return with_source(self, [&](vm::Source& source) { source.advise(vm::Source::Pattern(pattern)); });
+}
+
+PyObject* writing_source(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    bool begins;
+    if (!unpack("writing_source", args, nargs, begins)) return nullptr;
+    return with_source(self, [&](vm::Source& source) { begins ? source.begin_write() : source.end_write(); });
+}
+
+PyObject* drain_source(PyObject* self, PyObject*) {
+    return with_source(self, [&](vm::Source& source) {
+        Detached detached;
+        source.drain();
+    });
+}
+
 PyObject* restore(PyObject* self, PyObject*) {
     uint64_t restored;
     {
@@ -485,6 +555,20 @@ PyMethodDef methods[] = {
     {"unpin", fast(unpin), METH_FASTCALL, "unpin(first, count): end one pin of each."},
     {"set_marker", fast(set_marker), METH_FASTCALL,
      "set_marker(hints, id, page): the fault that maps this page gives a hint, once."},
+    {"read_from", fast(read_from), METH_FASTCALL,
+     "read_from(descriptor, size, cluster, hints, id): absent pages are read by native threads, `cluster` at once; "
+     "misses that follow each other are told to the HintQueue, if not None, under the id."},
+    {"read_in", fast(read_in), METH_FASTCALL,
+     "read_in(first, end, owner): bring in absent pages natively, on an account; where that ended: the rest, if any, "
+     "is the FR's."},
+    {"source_size", fast(source_size), METH_FASTCALL,
+     "source_size(size): the file has so many bytes; 0: we change its length, and native threads read nothing."},
+    {"advise_source", fast(advise_source), METH_FASTCALL,
+     "advise_source(pattern): how the file will be read: 0 normal, 1 sequential, 2 random."},
+    {"writing_source", fast(writing_source), METH_FASTCALL,
+     "writing_source(begins): a write to the file begins, or ends: by us, not by others."},
+    {"drain_source", drain_source, METH_NOARGS,
+     "Wait until no native thread reads; no region shows the file any more."},
     {"restore", restore, METH_NOARGS, "Make resident what the journal says is valid; how many pages."},
     {"replicate", fast(replicate), METH_FASTCALL,
      "replicate(replicated): copies of page descriptors for each processor, or none; False: it is partitioned."},
@@ -527,7 +611,7 @@ PyObject* next_hint(PyObject* self, PyObject*) {
         hint = SelfHints::of(self).queue.next();
     }
     if (!hint) Py_RETURN_NONE;
-    return Py_BuildValue("(KKK)", hint->id, hint->page, hint->client);
+    return Py_BuildValue("(KKKI)", hint->id, hint->page, hint->client, hint->missed);
 }
 
 PyObject* close_hints(PyObject* self, PyObject*) {
@@ -536,7 +620,8 @@ PyObject* close_hints(PyObject* self, PyObject*) {
 }
 
 PyMethodDef hint_methods[] = {
-    {"next", next_hint, METH_NOARGS, "Wait for a hint: (id, page, client); None once it is closed."},
+    {"next", next_hint, METH_NOARGS,
+     "Wait for a hint: (id, page, client, pages that were absent or 0); None once it is closed."},
     {"close", close_hints, METH_NOARGS, "Let next() return None from now on."},
     {nullptr, nullptr, 0, nullptr},
 };

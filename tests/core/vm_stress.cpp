@@ -23,6 +23,7 @@
 #include "vm/engine.hpp"
 #include "vm/file_cache.hpp"
 #include "vm/hat.hpp"
+#include "vm/reader.hpp"
 #include "vm/region.hpp"
 #include "vm/status_page.hpp"
 #include "vm/uffd.hpp"
@@ -582,7 +583,8 @@ void status_page() {
 
 // A World whose file is mapped in this process, one window a CPU, and served by an engine.
 struct RealWorld : World {
-    RealWorld(uint64_t budget, uint64_t pages_, uint32_t group, Fill fill, Backing backing, bool stick)
+    RealWorld(uint64_t budget, uint64_t pages_, uint32_t group, Fill fill, Backing backing, bool stick,
+              std::unique_ptr<Source> source = nullptr)
         : World(budget, pages_, fill, backing),
           cpus(machine_cpus()),
           pages(pages_),
@@ -601,6 +603,7 @@ struct RealWorld : World {
         region = std::make_unique<Region>(base(0), pages, 0, group, 1, false, &cache, hat);
         CHECK(regions.insert(base(0), base(0) + length(), region.get()));
         cache.attach(region.get());
+        if (source) cache.read_from(std::move(source));
         CHECK(!engine.add(hat, 0, getpid()));  // not started
         engine.start();
         add();
@@ -762,6 +765,70 @@ void real_remove_and_add() {
     writers.check();
 }
 
+// The same where native threads read, for faults and ahead of them: from a file whose length, and so whose times,
+// changes while they do. What they give up for that is filled by workers.
+void real_file_read_natively(uint64_t budget, int reads) {
+    begin("real_file_read_natively");
+    constexpr int kReaders = 4;
+    constexpr uint64_t kPages = 2'000;
+    const Memory file(kPages);
+    for (uint64_t page = 0; page < kPages; ++page) file.fill(page);
+    HintQueue hints;
+    auto made = std::make_unique<Source>(file.fd(), kPages * kPageSize, 4, &hints, 7);
+    Source& source = *made;
+    RealWorld world(budget, kPages, 1, Fill::store, Backing::file, true, std::move(made));
+    std::vector<std::thread> workers;
+    for (size_t i = 0; i < 2 * world.cpus.size(); ++i) {
+        workers.emplace_back([&, i] {
+            Random random(seed() + 100 + i);
+            while (const auto fault = world.engine.next(int(i % world.cpus.size()))) {
+                world.finish({fault->hat, fault->cpu, fault->address}, random, 16);
+                fault->hat->release();
+            }
+        });
+    }
+    std::atomic<int> running{kReaders};
+    in_threads(kReaders + 4, [&](int who) {
+        Random random(seed() + uint64_t(who));
+        while (who >= kReaders && running.load() > 0) {
+            if (who == kReaders) {
+                world.cache.reclaim(1 + random.below(64), random.one_in(2));
+            } else if (who == kReaders + 1) {
+                CHECK(ftruncate(file.fd(), off_t((kPages + random.below(3)) * kPageSize)) == 0);
+            } else if (who == kReaders + 2) {
+                const uint64_t first = random.below(kPages);
+                const uint64_t end = std::min(first + 1 + random.below(100), kPages);
+                const uint64_t reached = read_in(world.cache, first, end, 0);
+                CHECK(reached >= first && reached <= end);
+            } else {
+                source.advise(Source::Pattern(random.below(3)));
+                source.resize(0);
+                source.resize(kPages * kPageSize);
+                source.begin_write();
+                source.end_write();
+                world.engine.synchronize();
+            }
+            for (uint64_t i = random.below(64); i > 0; --i) std::this_thread::yield();
+        }
+        if (who >= kReaders) return;
+        for (int i = 0; i < reads; ++i) {
+            const uint64_t page = random.below(kPages);
+            const unsigned char* window = world.windows[random.below(world.windows.size())];
+            const auto* words = reinterpret_cast<const volatile uint64_t*>(window + page * kPageSize);
+            for (uint64_t k = 0; k < kPageSize / 8; k += 64) CHECK_EQUAL(words[k], pattern(page, k * 8));
+        }
+        running.fetch_sub(1);
+    });
+    const Engine::Counts served = world.engine.counts();
+    world.engine.stop();
+    for (std::thread& worker : workers) worker.join();
+    source.drain();
+    world.check_quiet();
+    CHECK(served.read > 0);
+    std::printf("  reads %llu, handed up %llu\n", static_cast<unsigned long long>(served.read),
+                static_cast<unsigned long long>(served.handed_up));
+}
+
 // A file of more pages than there are frames: what is handed up is filled from the store, an evictor takes pages
 // away all the time, and nobody ever reads a wrong byte.
 void real_file(uint64_t budget, uint32_t group, int reads) {
@@ -829,8 +896,9 @@ void real_file(uint64_t budget, uint32_t group, int reads) {
 
 // A region goes while threads fault on it, in the order in which the kernel does it. System calls touch the pages,
 // so that what is ended shows as EFAULT and not as a signal. AddressSanitizer watches the freed objects.
-void real_unmap() {
+void real_unmap(Fill fill) {
     begin("real_unmap");
+    const Memory file(256);
     for (int round = 0; round < 8; ++round) {
         RegionMap regions;
         FramePool pool(256);
@@ -838,9 +906,12 @@ void real_unmap() {
         const std::vector<int> cpus = machine_cpus();
         auto* hat = new UffdHat(1, &regions, int(cpus.size()), StatusPage::create(), CommandRing::create());
         Engine engine(cpus, true, true);
-        engine.start();
-        auto cache = std::make_unique<FileCache>(&pool, memory.another_fd(), make_journal(256), 256, Fill::zero,
+        auto cache = std::make_unique<FileCache>(&pool, memory.another_fd(), make_journal(256), 256, fill,
                                                  Backing::overcommitted, Policy::fifo, int(cpus.size()));
+        if (fill == Fill::store) {
+            cache->read_from(std::make_unique<Source>(file.fd(), 256 * kPageSize, 16, nullptr, 0));
+        }
+        engine.start();
         constexpr uint64_t kLength = 256 * kPageSize;
         std::vector<unsigned char*> windows;
         for (size_t cpu = 0; cpu < cpus.size(); ++cpu) {
@@ -1048,10 +1119,13 @@ int main(int argc, char** argv) {
         real_zero_fill(1);
         real_zero_fill(16);
         real_remove_and_add();
+        real_file_read_natively(1'024, 2'000);
+        real_file_read_natively(31, 250);
         real_file(31, 1, 250);
         real_file(31, 4, 250);
         real_file(1, 1, 20);
-        real_unmap();
+        real_unmap(Fill::zero);
+        real_unmap(Fill::store);
         real_stale_hand_up();
         real_engine_stop();
     }

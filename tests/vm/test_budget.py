@@ -260,19 +260,20 @@ def test_a_tebibyte_costs_nothing_until_touched(kernels, connect):
 @pytest.mark.parametrize("kind", ["anonymous", "file"])
 def test_a_resident_page_costs_48_bytes(kernels, connect, folder, kind):
     pages = 200_000  # so many that what else the kernel comes to need is hardly seen
+    first = 20_000  # what they bring in once, such as threads, is not the pages'
     kernel = kernels(1 << 30)
     client = connect(kernel)
     path = folder / "file"
     with path.open("wb") as sparse:
-        sparse.truncate((pages + 2000) * PAGE)
-    size = (pages + 2000) * PAGE
+        sparse.truncate((pages + first) * PAGE)
+    size = (pages + first) * PAGE
     mapping = client.open(path, page_size=65536) if kind == "file" else client.anonymous(size)
-    mapping[: 2000 * PAGE : PAGE]  # what the first faults bring in once is not the pages'
+    mapping[: first * PAGE : PAGE]
     before = anonymous_bytes(kernel.pid)
-    assert mapping[2000 * PAGE :: PAGE] == bytes(pages)
+    assert mapping[first * PAGE :: PAGE] == bytes(pages)
     grown = anonymous_bytes(kernel.pid) - before
     [counts] = client.stat()["files"]
-    assert counts["descriptors"] == pages + 2000
+    assert counts["descriptors"] == pages + first
     # With buckets that are set aside, and are no memory before they are used.
     assert counts["table_bytes"] <= 56 * counts["descriptors"]
     assert grown <= 48 * pages + (1 << 20)  # which Python has for its threads, where each has a heap of its own

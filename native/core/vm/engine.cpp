@@ -28,7 +28,7 @@ uint64_t now_ns() {
 
 Engine::Engine(std::vector<int> cpus, bool sticky, bool homing)
     : cpus_(std::move(cpus)), sticky_(sticky), homing_(homing), placement_(cpus_) {
-    for (size_t i = 0; i < cpus_.size(); ++i) servers_.push_back(std::make_unique<Server>(placement_, int(i)));
+    for (size_t i = 0; i < cpus_.size(); ++i) servers_.push_back(std::make_unique<Server>(*this, int(i), cpus_[i]));
 }
 
 Engine::~Engine() { stop(); }
@@ -54,6 +54,10 @@ void Engine::stop() {
             [[maybe_unused]] const auto written = write(server->wake, &one, sizeof one);
             server->thread.join();
         }
+    }
+    // Faults on any CPU's server may wait for what another's readers read.
+    for (auto& server : servers_) server->reader.stop();
+    for (auto& server : servers_) {
         {
             std::lock_guard guard(server->clients_lock);  // add() and remove() may be at work
             for (auto& client : server->clients) client->hat->release();
@@ -96,12 +100,16 @@ void Engine::remove(UffdHat* hat) {
         }
         std::erase(server->clients, nullptr);
     }
+    // Readers look at what it leads to without a lock, but never once they have seen this.
+    hat->retire();
+    synchronize();
 }
 
 void Engine::synchronize() {
     std::vector<runtime::Processor*> processors;
     for (auto& server : servers_) {
         if (auto* p = server->processor.load(std::memory_order_seq_cst)) processors.push_back(p);
+        server->reader.add_processors(processors);
     }
     runtime::synchronize(processors);
 }
@@ -148,7 +156,7 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
     }
     runtime::Processor& processor = runtime::current();
     runtime::enter(processor);
-    uint64_t faults = 0, finished = 0, local = 0, remote = 0, rehomed = 0;
+    uint64_t faults = 0, finished = 0, reading = 0, local = 0, remote = 0, rehomed = 0;
     for (ssize_t i = 0; i < count; ++i) {
         if (messages[i].event == UFFD_EVENT_FORK)
             close(int(messages[i].arg.fork.ufd));  // asked for by no client of ours
@@ -170,19 +178,18 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
         const FaultAt at{client.hat, cpu, address, write, guarded};
         std::optional<uint64_t> canonical;
         if (window) canonical = window->canonical + (address - window->base);
-        const bool done = handle(at, canonical);
+        ReadJob job;
+        const bool done = handle(at, canonical, &job);
+        if (job.cache) {
+            ++reading;  // the reader counts what becomes of it
+            server.reader.submit(job);
+        }
         if (window) {
             // The thread goes on meanwhile: it faults again if its span moves under it.
             rehomed += client.hat->follow(*window, cpu, at.address, client.homing ? place : -1, now);
         }
-        if (done) {
-            ++finished;
-            continue;
-        }
-        client.hat->retain();
-        std::lock_guard guard(server.queue_lock);
-        server.queue.push_back({client.hat, cpu, at.address, canonical.value_or(0), write});
-        server.queue_filled.notify_one();
+        finished += done && !job.cache;
+        if (!done) hand_up(server, at, canonical.value_or(0));
     }
     // Written by this thread alone: no read-modify-write is needed.
     auto add = [](std::atomic<uint64_t>& counter, uint64_t n) {
@@ -190,7 +197,7 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
     };
     add(server.faults, faults);
     add(server.finished, finished);
-    add(server.handed_up, faults - finished);
+    add(server.handed_up, faults - finished - reading);
     add(server.local, local);
     add(server.remote, remote);
     add(server.rehomed, rehomed);
@@ -200,7 +207,14 @@ void Engine::read_faults(int cpu, Server& server, Client& client, uint64_t now) 
 
 bool Engine::handle(FaultAt fault) { return handle(fault, fault.hat->canonical(fault.cpu, fault.address)); }
 
-bool Engine::handle(FaultAt fault, std::optional<uint64_t> canonical) {
+void Engine::hand_up(Server& server, const FaultAt& fault, uint64_t canonical) {
+    fault.hat->retain();
+    std::lock_guard guard(server.queue_lock);
+    server.queue.push_back({fault.hat, fault.cpu, fault.address, canonical, fault.write});
+    server.queue_filled.notify_one();
+}
+
+bool Engine::handle(FaultAt fault, std::optional<uint64_t> canonical, ReadJob* job) {
     const auto entry = canonical ? fault.hat->regions().lookup(*canonical) : std::nullopt;
     if (!entry) {
         fault.hat->fail(fault.cpu, fault.address, kPageSize, "no region is mapped at this address any more");
@@ -220,8 +234,20 @@ bool Engine::handle(FaultAt fault, std::optional<uint64_t> canonical) {
     const Region::Group group = region.group_of(page);
     const Region::Group around = region.around_of(page);
     fault.tracked = region.tracked.load(std::memory_order_relaxed);
-    const Outcome outcome =
-        region.cache->resolve(fault, page, {group.first, group.count}, {around.first, around.count});
+    FileCache& cache = *region.cache;
+    const auto resolve = [&] {
+        return cache.resolve(fault, page, {group.first, group.count}, {around.first, around.count});
+    };
+    Outcome outcome = resolve();
+    if (outcome == Outcome::absent && job && cache.source() && group.count <= Source::kMostPages) {
+        if (const FileCache::Run run = cache.begin_read(page, {group.first, group.count}, fault.hat->id()); run.count) {
+            fault.hat->retain();
+            *job = {&cache, fault, *canonical, page, run};
+            outcome = Outcome::queued;  // for the end of its own read
+        } else {
+            outcome = resolve();  // another fault was faster
+        }
+    }
     region.gate.leave();
     return outcome != Outcome::absent && outcome != Outcome::no_frame && outcome != Outcome::shared;
 }
@@ -247,8 +273,10 @@ Engine::Counts Engine::counts() const {
     Counts total{};
     for (const auto& server : servers_) {
         total.faults += server->faults.load(std::memory_order_relaxed);
-        total.finished += server->finished.load(std::memory_order_relaxed);
-        total.handed_up += server->handed_up.load(std::memory_order_relaxed);
+        const uint64_t read = server->reader.finished();
+        total.finished += server->finished.load(std::memory_order_relaxed) + read;
+        total.read += read;
+        total.handed_up += server->handed_up.load(std::memory_order_relaxed) + server->reader.given_up();
         total.kept += server->kept.load(std::memory_order_relaxed);
         total.local += server->local.load(std::memory_order_relaxed);
         total.remote += server->remote.load(std::memory_order_relaxed);

@@ -20,6 +20,7 @@
 #include "vm/affinity.hpp"
 #include "vm/file_cache.hpp"
 #include "vm/hat.hpp"
+#include "vm/reader.hpp"
 
 namespace k42::vm {
 
@@ -36,6 +37,7 @@ class Engine {
   public:
     struct Counts {
         uint64_t faults, finished, handed_up;  // faults read; finished here; given to Python
+        uint64_t read;                         // of those finished: for which native threads read a file
         uint64_t kept;                         // bursts of a thread that were kept on a CPU
         uint64_t local, remote;  // faults of threads that belong to the CPU that served them, or to another
         uint64_t rehomed;        // moves of spans that were asked for
@@ -84,7 +86,10 @@ class Engine {
 
     // What one server thread has; a cache line of its own for what it writes.
     struct alignas(runtime::apart) Server {
-        Server(Placement& placement, int cpu) : affinity(placement, cpu) {}
+        // `cpu`: an index into cpus, of which `number` is the number.
+        Server(Engine& engine, int cpu, int number)
+            : affinity(engine.placement_, cpu),
+              reader(number, [this](const ReadJob& job) { hand_up(*this, job.fault, job.canonical); }) {}
 
         std::atomic<runtime::Processor*> processor{nullptr};  // its thread's: handling faults is a request there
         std::atomic<uint64_t> faults{0}, finished{0}, handed_up{0}, kept{0}, local{0}, remote{0}, rehomed{0};
@@ -101,10 +106,14 @@ class Engine {
         std::condition_variable queue_filled;
         std::deque<HandedUp> queue;
         bool stopped = false;
+
+        Reader reader;
     };
 
-    // `canonical`: what the window shows at the fault's address.
-    static bool handle(FaultAt fault, std::optional<uint64_t> canonical);
+    // `canonical`: what the window shows at the fault's address. With a `job` the file may be found to be read: true
+    // then, and the job, for a Reader, has a cache.
+    static bool handle(FaultAt fault, std::optional<uint64_t> canonical, ReadJob* job = nullptr);
+    static void hand_up(Server& server, const FaultAt& fault, uint64_t canonical);
     void serve(int cpu);
     void read_faults(int cpu, Server& server, Client& client, uint64_t now);
 

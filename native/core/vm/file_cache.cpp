@@ -11,6 +11,7 @@
 #include <system_error>
 
 #include "vm/partitioned_page_table.hpp"
+#include "vm/reader.hpp"
 #include "vm/region.hpp"
 
 namespace k42::vm {
@@ -52,6 +53,7 @@ FileCache::FileCache(FramePool* pool, int memfd, int journal, uint64_t pages, Fi
 }
 
 FileCache::~FileCache() {
+    if (source_) source_->drain();
     clear();
     munmap(journal_, journal_bytes_);
     close(memfd_);
@@ -163,6 +165,7 @@ void FileCache::give_hint(const FaultAt& fault, Run mapped) {
         // reader comes to a page that is absent, and is read ahead for again.
         const uint32_t bit = 1u << slot;
         if (!(markers_.set.fetch_and(~bit, std::memory_order_acq_rel) & bit)) continue;
+        if (source_) source_->followed();
         const uint64_t id = markers_.id.load(std::memory_order_relaxed);
         markers_.hints.load(std::memory_order_relaxed)->push({id, page, fault.hat->id()});
     }
@@ -978,6 +981,17 @@ uint64_t FileCache::restore() {
     }
     prefetched_.fetch_add(restored, std::memory_order_relaxed);
     return restored;
+}
+
+void FileCache::read_from(std::unique_ptr<Source> source) { source_ = std::move(source); }
+
+FileCache::Run FileCache::begin_read(uint64_t page, Run group, uint64_t client) {
+    Run within = source_->around(page, group);
+    within.count = uint32_t(std::min<uint64_t>(within.count, std::max(pages(), page + 1) - within.first));
+    source_->begin();
+    const Run run = begin_io(page, within);
+    run.count ? source_->missed(run, client) : source_->end();
+    return run;
 }
 
 bool FileCache::replicate(bool replicated) {

@@ -45,6 +45,8 @@ enum class Fill : uint8_t {
 // What the page table is: see the three classes of that name. The first two can be changed into each other.
 enum class Tables : uint8_t { shared, replicated, partitioned };
 
+class Source;
+
 // What became of a fault.
 enum class Outcome : uint8_t {
     mapped,       // pages were resident and are mapped
@@ -189,6 +191,14 @@ class FileCache {
     // The number of pages made resident.
     uint64_t restore();
 
+    // Absent pages are read by native threads from now on. Before any region shows the file.
+    void read_from(std::unique_ptr<Source> source);
+    Source* source() const { return source_.get(); }
+    // For such a thread: marks the absent run around `page` that is to be read at once as in I/O, for a fault of
+    // this client (the HAT's number) that needs `group`. {_, 0}: there is none now. Inside the gate of a region;
+    // Source::end() when all is done.
+    Run begin_read(uint64_t page, Run group, uint64_t client);
+
     // Makes the page table replicated, or shared again, while faults come. False, and nothing changed, for a
     // partitioned one.
     bool replicate(bool replicated);
@@ -204,6 +214,7 @@ class FileCache {
     const PageTable& table() const { return *table_; }
     Counts counts() const;
     size_t bytes() const;
+    FramePool& pool() { return *pool_; }
     int memfd() const { return memfd_; }
     int journal() const { return journal_fd_; }
     uint64_t pages() const { return pages_.load(std::memory_order_acquire); }
@@ -273,6 +284,8 @@ class FileCache {
     const Backing backing_;
     std::unique_ptr<PageTable> table_;
     ReplicatedPageTable* replicated_ = nullptr;  // the same, unless it is partitioned
+
+    std::unique_ptr<Source> source_;
 
     std::atomic<uint8_t>* journal_ = nullptr;  // a byte a page, and addresses for those to come
     uint64_t journal_bytes_ = 0;

@@ -97,6 +97,9 @@ class Hat {
     void release() {
         if (references_.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
     }
+    // Its client has gone, and what the regions lead to soon will have: who sees it, inside a request, goes no further.
+    void retire() { retired_.store(true, std::memory_order_seq_cst); }
+    bool retired() const { return retired_.load(std::memory_order_seq_cst); }
 
   protected:
     // The windows that show the region whose canonical address this is. They stay as long as `listed_lock_` is held.
@@ -123,6 +126,7 @@ class Hat {
     mutable ReplicatedIntervalMap<Window*> windows_;  // by address
     mutable std::vector<Part> parts_;                 // per CPU
     std::atomic<uint32_t> references_{1};
+    std::atomic<bool> retired_{false};
 };
 
 class UffdHat final : public Hat {

@@ -11,9 +11,10 @@
 namespace k42::vm {
 
 struct Hint {
-    uint64_t id;      // whose, as set_marker() was told
-    uint64_t page;    // that was touched
-    uint64_t client;  // by whom: the HAT's number
+    uint64_t id;          // whose, as set_marker() was told
+    uint64_t page;        // that was touched
+    uint64_t client;      // by whom: the HAT's number
+    uint32_t missed = 0;  // pages from there on that were absent; 0: it bears the marker, and was there
 };
 
 class HintQueue {

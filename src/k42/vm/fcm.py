@@ -46,6 +46,8 @@ _RETRY = 1.0  # seconds until a store that failed to take pages is tried again
 AROUND = 16
 """Pages of 4 KiB of which the resident ones are mapped by one fault, unless a mapping says otherwise."""
 _PATIENCE = 100  # ms between two looks at pages that others have in I/O
+_FEW_FRAMES = 1024  # with less no native thread reads: here it is known what may wait for what
+_PATTERNS = (Advice.NORMAL, Advice.SEQUENTIAL, Advice.RANDOM)  # in the order of Source::Pattern
 
 
 class Policy(enum.IntEnum):
@@ -143,8 +145,14 @@ class FileCacheManager(k42.Object):
         """
         raise NotImplementedError
 
-    def hinted(self, page: int, pm: PageManager | GlobalPageManager) -> None:
-        """A fault mapped a page that bears the marker of read-ahead: the next window is due, on the account of `pm`."""
+    def hinted(self, page: int, absent: int, pm: PageManager) -> None:
+        """A fault mapped a page that bears the marker of read-ahead: the next window is due.
+
+        Args:
+            page: of the fault.
+            absent: it bears no marker, but so many pages from there on were absent, and native threads read them.
+            pm: on whose account it is.
+        """
         raise NotImplementedError
 
     def replaceable(self) -> bool:
@@ -315,6 +323,8 @@ class SharedFCM(FileCacheManager):
                     if descriptor >= 0:
                         os.close(descriptor)
                 raise
+            if (source := fr.native_descriptor()) >= 0 and global_pm.usage()["budget"] >= _FEW_FRAMES:
+                self.cache.read_from(source, fr.size(), self.cluster, hints, id)
 
         def export_state(self, form: str) -> SharedFCM.Root:
             """Return the whole: what it refers to goes on."""
@@ -404,7 +414,7 @@ class SharedFCM(FileCacheManager):
 
         return submit
 
-    def _look_ahead(self, ahead: Ahead | None, pm: PageManager | GlobalPageManager) -> None:
+    def _look_ahead(self, ahead: Ahead | None, pm: PageManager) -> None:
         """Has pages read that will be wanted soon."""
         root = self.root
         if ahead is None or root.hints is None:
@@ -417,13 +427,20 @@ class SharedFCM(FileCacheManager):
             with contextlib.suppress(RuntimeError):  # no thread for it, or the cache is being closed
                 root.queue.submit(functools.partial(self._read_ahead, first, end, pm), urgent=False)
 
-    def _read_ahead(self, first: int, end: int, pm: PageManager | GlobalPageManager) -> None:
+    def _read_ahead(self, first: int, end: int, pm: PageManager) -> None:
+        end = min(end, self.root.cache.pages())
         with contextlib.suppress(StoreError, OutOfFrames, k42.Destroyed):  # whoever touches the pages will be told
+            try:
+                owner = pm.account().number()
+            except ValueError:
+                return  # the client has gone
+            first = self.root.cache.read_in(first, min(end, first + pm.prefetchable()), owner)
             self._bring_in(first, end, pm)
 
-    def hinted(self, page: int, pm: PageManager | GlobalPageManager) -> None:
+    def hinted(self, page: int, absent: int, pm: PageManager) -> None:
         """Reads ahead; see `FileCacheManager.hinted`."""
-        self._look_ahead(self.root.read_ahead.touched(page), pm)
+        policy = self.root.read_ahead
+        self._look_ahead(policy.missed(page, absent) if absent else policy.touched(page), pm)
 
     def replaceable(self) -> bool:
         """Whether its pages can be given back."""
@@ -534,6 +551,7 @@ class SharedFCM(FileCacheManager):
     def _write(self, first: int, count: int, *, evict: bool) -> int:
         """Writes a run that `begin_write` or `take_laundry` gave us; frames given back."""
         root = self.root
+        root.cache.writing_source(True)
         try:
             root.fr.write_back(root.cache.memfd(), first, count)
         except BaseException as error:
@@ -541,6 +559,8 @@ class SharedFCM(FileCacheManager):
             root.failed_until = time.monotonic() + _RETRY
             log.warning("%s: pages %d to %d stay dirty: %s", root.fr.name(), first, first + count, error)
             raise
+        finally:
+            root.cache.writing_source(False)
         return root.cache.end_write(first, count, True, evict)
 
     def flush(self, first: int, end: int) -> None:
@@ -583,14 +603,14 @@ class SharedFCM(FileCacheManager):
             if size < root.fr.size():
                 # From the page of the new end on; its snapshots, and what they see there, stay as they are.
                 with contextlib.nullcontext() if root.node is None else root.node.cutting(size // PAGE, before):
-                    root.fr.resize(size)
+                    self._resize_store(size)
                     cache.resize(pages)
                 self._discard(pages, before)
                 if size % PAGE:
                     self._clear_tail(size)
                 os.ftruncate(cache.memfd(), pages * PAGE)
             else:
-                root.fr.resize(size)
+                self._resize_store(size)
                 os.ftruncate(cache.journal(), max(pages, os.fstat(cache.journal()).st_size))
                 os.ftruncate(cache.memfd(), pages * PAGE)
                 cache.resize(pages)
@@ -612,6 +632,14 @@ class SharedFCM(FileCacheManager):
                     self.flush(page, page + 1)  # a write-back that took the old bytes has ended after it
         finally:
             cache.unpin(page, 1)
+
+    def _resize_store(self, size: int) -> None:
+        root = self.root
+        root.cache.source_size(0)  # what is read meanwhile is the FR's, which knows
+        try:
+            root.fr.resize(size)
+        finally:
+            root.cache.source_size(root.fr.size())
 
     def _discard(self, first: int, end: int) -> None:
         cache = self.root.cache
@@ -650,6 +678,7 @@ class SharedFCM(FileCacheManager):
         match advice:
             case Advice.NORMAL | Advice.RANDOM | Advice.SEQUENTIAL:
                 root.read_ahead.advise(advice)
+                root.cache.advise_source(_PATTERNS.index(advice))
             case Advice.WILL_NEED:
                 self.prefetch(first, end, pm)
             case Advice.DONT_NEED:
@@ -683,6 +712,7 @@ class SharedFCM(FileCacheManager):
         """Gives all frames back; see `FileCacheManager.close`."""
         self.root.fr.cancel()  # else the queue waits for as long as a store that does not answer is tried again
         self.root.queue.close()
+        self.root.cache.drain_source()
         self._discard(0, self.root.cache.pages())
         self.root.fr.close()
         k42.destroy(self.root.fr)

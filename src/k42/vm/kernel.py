@@ -367,13 +367,13 @@ class Kernel:
         while (hint := self._hints.next()) is not None:
             self._follow(*hint)
 
-    def _follow(self, number: int, page: int, client_id: int) -> None:
+    def _follow(self, number: int, page: int, client_id: int, absent: int) -> None:
         fcm = self._caches.numbered(number)
         client = self._clients.get(client_id)
         if fcm is None or client is None:
             return
         try:
-            fcm.hinted(page, client.pm)
+            fcm.hinted(page, absent, client.pm)
         except k42.Destroyed:
             pass
         except Exception:

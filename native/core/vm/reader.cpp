@@ -1,0 +1,303 @@
+#include "vm/reader.hpp"
+
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <system_error>
+
+#include "runtime/processor.hpp"
+#include "runtime/quiescence.hpp"
+#include "vm/region.hpp"
+
+namespace k42::vm {
+
+namespace {
+
+constexpr size_t kThreads = 4;     // a CPU: so many requests a disk gets at once from the faults of one
+constexpr uint64_t kReclaim = 64;  // frames at least, so as not to come again at once
+
+// What is read at once: most of it is in the processor's cache still when it is written to the frames.
+struct Buffer {
+    alignas(4096) std::byte bytes[8 * kPageSize];
+};
+
+// Size and times, as version_of() in src/k42/vm/fr/file.py.
+struct Version {
+    off_t size;
+    timespec modified, changed;
+    bool operator==(const Version& other) const {
+        const auto same = [](const timespec& a, const timespec& b) {
+            return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec;
+        };
+        return size == other.size && same(modified, other.modified) && same(changed, other.changed);
+    }
+};
+
+bool version_of(int descriptor, Version& out) {
+    struct stat status;
+    if (fstat(descriptor, &status) < 0) return false;
+    out = {status.st_size, status.st_mtim, status.st_ctim};
+    return true;
+}
+
+template <typename Call>
+bool whole(uint64_t length, Call&& call) {
+    for (uint64_t done = 0; done < length;) {
+        const ssize_t got = call(done);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return false;
+        done += uint64_t(got);
+    }
+    return true;
+}
+
+// Frames for pages of this account. Where there are none free: those of clean pages of this file, as long as it is
+// plain whose; else Python asks all, and waits.
+bool take_frames(FileCache& cache, uint32_t count, uint16_t owner) {
+    FramePool& pool = cache.pool();
+    const bool thorough = cache.source()->pattern() != Source::Pattern::sequential;
+    const auto take = [&] { return pool.allocate(count, cache.backing(), owner); };
+    FramePool::Grant grant = take();
+    if (grant == FramePool::Grant::limited) {
+        // Not the last ones: an access may need two pages, and what came with them.
+        const uint64_t limit = [&] {
+            const runtime::Within within;
+            const Account* account = pool.accounts().find(owner);
+            return account ? account->limit() : 0;
+        }();
+        if (count <= limit / 4 && cache.reclaim(count, thorough, owner).given) grant = take();
+    } else if (grant == FramePool::Grant::reclaim && pool.accounts().refresh()) {
+        const uint64_t wanted = std::max<uint64_t>(count, kReclaim);
+        if (cache.reclaim(wanted, thorough, FileCache::kAboveShare).given) grant = take();
+    }
+    return grant == FramePool::Grant::granted;
+}
+
+void let_go(const ReadJob& job) {
+    job.cache->source()->end();
+    job.fault.hat->release();
+}
+
+}  // namespace
+
+bool Source::fill(int memfd, uint64_t first, uint32_t count) const {
+    static thread_local std::unique_ptr<Buffer> buffer;
+    if (!buffer) buffer = std::make_unique<Buffer>();
+    std::byte* const bytes = buffer->bytes;
+    const uint64_t offset = first * kPageSize;
+    const uint64_t end = offset + count * kPageSize;
+    const uint64_t writes = this->writes();
+    const uint64_t size = size_.load(std::memory_order_seq_cst);
+    if (end >= size + kPageSize) return false;
+    Version before, after;
+    if (!version_of(descriptor_, before)) return false;
+    for (uint64_t at = offset; at < end; at += sizeof buffer->bytes) {
+        const uint64_t length = std::min(end - at, sizeof buffer->bytes);
+        const uint64_t wanted = std::min(length, size - at);
+        if (!whole(wanted,
+                   [&](uint64_t done) { return pread(descriptor_, bytes + done, wanted - done, off_t(at + done)); })) {
+            return false;
+        }
+        memset(bytes + wanted, 0, length - wanted);
+        if (!whole(length,
+                   [&](uint64_t done) { return pwrite(memfd, bytes + done, length - done, off_t(at + done)); })) {
+            return false;
+        }
+    }
+    if (!version_of(descriptor_, after)) return false;
+    // What others changed meanwhile is not to be a mixture. Writes of ours are of pages that are resident, so not of
+    // these; changes of the length are.
+    if (size_.load(std::memory_order_seq_cst) != size) return false;
+    return before == after || (writes & 1) || writes != this->writes();
+}
+
+void Source::tell(Recent& miss, uint64_t client) const {
+    if (hints_ && !miss.told) hints_->push({id_, miss.first, client, miss.count});
+    miss.told = true;
+}
+
+Source::Recent* Source::near(uint64_t page) {
+    for (Recent& recent : recent_) {
+        if (recent.count && page + kReach >= recent.first && page <= recent.first + recent.count + kReach)
+            return &recent;
+    }
+    return nullptr;
+}
+
+PageTable::Run Source::around(uint64_t page, PageTable::Run group) {
+    const Pattern pattern = this->pattern();
+    if (pattern == Pattern::random || group.count >= kMostPages) return group;
+    std::lock_guard guard(recent_lock_);
+    const Recent* const recent = near(page);
+    uint64_t first = page - page % cluster_;
+    uint64_t end = first + cluster_;
+    if (pattern == Pattern::sequential) {
+        end = page + kMostPages;
+    } else if (recent && page == recent->first + recent->count) {
+        end = page + 2 * recent->count;
+    } else if (strays_.load(std::memory_order_relaxed) == kManyStrays) {
+        return group;
+    }
+    first = std::min(first, group.first);
+    end = std::max(end, group.first + group.count);
+    return {first, uint32_t(std::min<uint64_t>(end - first, kMostPages))};
+}
+
+void Source::missed(PageTable::Run run, uint64_t client) {
+    const Pattern pattern = this->pattern();
+    if (pattern == Pattern::random) return;
+    Recent miss{run.first, run.count};
+    std::lock_guard guard(recent_lock_);
+    const uint32_t strays = strays_.load(std::memory_order_relaxed);
+    Recent* const recent = near(run.first);
+    if (!recent) {
+        strays_.store(std::min(strays + 1, kManyStrays), std::memory_order_relaxed);
+        if (pattern == Pattern::sequential) tell(miss, client);
+        recent_[next_++ % recent_.size()] = miss;
+        return;
+    }
+    strays_.store(strays - std::min(strays, kNear), std::memory_order_relaxed);
+    if (run.first >= recent->first) {
+        tell(*recent, client);
+        tell(miss, client);
+    }
+    *recent = miss;
+}
+
+void Reader::submit(const ReadJob& job) {
+    bool taken;
+    {
+        std::lock_guard guard(lock_);
+        jobs_.push_back(job);
+        if (jobs_.size() > idle_ && threads_.size() < kThreads) {
+            try {
+                threads_.emplace_back([this] { serve(); });
+            } catch (const std::system_error&) {
+                // One thread is enough; without any it is not ours to do.
+                if (threads_.empty()) jobs_.pop_back();
+            }
+        }
+        taken = !threads_.empty();
+    }
+    if (taken) {
+        filled_.notify_one();  // without the lock: who wakes up on this CPU goes on at once, and takes it
+        return;
+    }
+    job.cache->abort_io(job.run);
+    give_up(job);
+}
+
+void Reader::stop() {
+    {
+        std::lock_guard guard(lock_);
+        stopped_ = true;
+    }
+    filled_.notify_all();
+    for (std::thread& thread : threads_) thread.join();  // nobody submits, so no thread comes
+    threads_.clear();
+    for (const ReadJob& job : jobs_) {
+        job.cache->abort_io(job.run);
+        let_go(job);
+    }
+    jobs_.clear();
+}
+
+void Reader::add_processors(std::vector<runtime::Processor*>& out) {
+    std::lock_guard guard(lock_);
+    out.insert(out.end(), processors_.begin(), processors_.end());
+}
+
+void Reader::serve() {
+    cpu_set_t here;
+    CPU_ZERO(&here);
+    CPU_SET(cpu_, &here);
+    pthread_setaffinity_np(pthread_self(), sizeof here, &here);
+    pthread_setname_np(pthread_self(), ("k42-read-" + std::to_string(cpu_)).c_str());
+    std::unique_lock guard(lock_);
+    processors_.push_back(&runtime::current());
+    for (;;) {
+        ++idle_;
+        filled_.wait(guard, [&] { return stopped_ || !jobs_.empty(); });
+        --idle_;
+        if (stopped_) return;
+        const ReadJob job = jobs_.front();
+        jobs_.pop_front();
+        guard.unlock();
+        if (read(job)) {
+            finished_.fetch_add(1, std::memory_order_relaxed);
+            let_go(job);
+        } else {
+            give_up(job);
+        }
+        guard.lock();
+    }
+}
+
+void Reader::give_up(const ReadJob& job) {
+    given_up_.fetch_add(1, std::memory_order_relaxed);
+    hand_up_(job);
+    let_go(job);
+}
+
+bool fill_run(FileCache& cache, PageTable::Run run, uint16_t owner) {
+    const Source& source = *cache.source();
+    const bool granted = take_frames(cache, run.count, owner);
+    if (granted && source.fill(cache.memfd(), run.first, run.count)) return true;
+    cache.abort_io(run, granted ? run.count : 0, owner);
+    return false;
+}
+
+uint64_t read_in(FileCache& cache, uint64_t first, uint64_t end, uint16_t owner) {
+    while (first < end) {
+        const auto count = uint32_t(std::min<uint64_t>(end - first, Source::kMostPages));
+        const PageTable::Run run = cache.begin_fill({first, count});
+        if (run.count == 0) {  // others bring it in, or have
+            first += count;
+            continue;
+        }
+        if (!fill_run(cache, run, owner)) return run.first;
+        cache.complete_io(nullptr, run.first, run, 0, 0, false, owner);
+        first = run.first + run.count;
+    }
+    return end;
+}
+
+// False: the pages are absent again.
+bool Reader::read(const ReadJob& job) {
+    FileCache& cache = *job.cache;
+    const uint16_t owner = job.fault.hat->account();
+    if (!fill_run(cache, job.run, owner)) return false;
+    FaultAt fault = job.fault;
+    runtime::Processor& processor = runtime::current();
+    runtime::enter(processor);
+    // Only inside the gate does the window stay: it may have gone, and another come to its addresses.
+    bool mapped = false;
+    const auto entry = fault.hat->retired() ? std::nullopt : fault.hat->regions().lookup(job.canonical);
+    Region* const region = entry ? entry->value : nullptr;
+    if (region && region->gate.try_enter() == RegionGate::Entry::entered) {
+        if (region->cache == &cache && fault.hat->canonical(fault.cpu, fault.address) == job.canonical &&
+            region->page_at(job.canonical) == job.page) {
+            fault.tracked = region->tracked.load(std::memory_order_relaxed);
+            cache.complete_io(&fault, job.page, job.run, region->first_page, region->first_page + region->pages, false,
+                              owner);
+            mapped = true;
+        }
+        region->gate.leave();
+    }
+    (void)runtime::leave(processor);
+    if (!mapped) {
+        cache.complete_io(nullptr, job.page, job.run, 0, 0, false, owner);
+        // It happens again where it can.
+        fault.hat->wake(fault.cpu, fault.address, kPageSize);
+    }
+    return true;
+}
+
+}  // namespace k42::vm
