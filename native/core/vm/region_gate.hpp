@@ -101,6 +101,8 @@ class alignas(runtime::apart) RegionGate {
         for (;;) {
             Gate* gate = gate_.load(std::memory_order_seq_cst);
             const Entry entry = enter(*gate, within.processor(), [](auto& part) { return entry_of(part.try_enter()); });
+            // A change that began before the shutdown leaves a stopped gate for a moment, until that is shut, too.
+            if (entry == Entry::stopped && shut_.load(std::memory_order_seq_cst)) return Entry::rejected;
             if (entry != Entry::rejected || gate_.load(std::memory_order_seq_cst) == gate) return entry;
         }
     }
