@@ -1053,4 +1053,5 @@ def serve(
             signal.signal(number, on_signal)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, endings)
+    gc.freeze()  # what is there now stays: collections need not go through it
     kernel.run()
