@@ -7,9 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from vm_support import PAGE, file_counts, until, words
+from vm_support import PAGE, file_counts, running, until, words
 
 from k42 import vm
+from k42.vm.fr import FileFR
 
 # Some pages are used again and again while others come and go; then many others come, each once. How many of the first
 # are read again when they are used again?
@@ -92,3 +93,39 @@ def test_another_kernel_goes_on_with_it(kernels, folder: Path):
         until(lambda: client.stat()["deaths"] == 1, "another kernel serves")
         assert mapping.stats()["policy"] == file_counts(client, path)["policy"] == "s3fifo"
         assert bytes(mapping) == words(20 * PAGE)
+
+
+def test_what_the_file_did_not_take_is_not_hidden_by_another_policy(monkeypatch, tmp_path, folder: Path, script):
+    path = folder / "file"
+    path.write_bytes(words(20 * PAGE))
+    full = True
+    write_back = FileFR.write_back
+
+    def write(*arguments: object) -> None:
+        if full:
+            raise vm.StoreError("no space left")
+        write_back(*arguments)
+
+    monkeypatch.setattr(FileFR, "write_back", write)
+    code = """
+    client = vm.connect(sys.argv[1])
+    mapping = client.open(sys.argv[2], "r+", policy="fifo")
+    mapping[0] = 77
+    for end in (mapping.close, lambda: client.open(sys.argv[2], policy="clock")):
+        try:
+            end()
+        except vm.StoreError as error:
+            say(error)
+    with client.open(sys.argv[2]) as mapping:
+        say(mapping.stats()["policy"], mapping[0])
+    input()
+    with client.open(sys.argv[2], policy="clock") as mapping:
+        say(mapping.stats()["policy"], mapping[0])
+    """
+    with running(tmp_path / "kernel.sock", 256):
+        process = script(code, tmp_path / "kernel.sock", path)
+        assert [process.line() for _ in range(3)] == ["no space left", "no space left", "fifo 77"]
+        full = False
+        process.tell()
+        assert process.line() == "clock 77"
+        process.good()

@@ -120,14 +120,22 @@ def child():
             bytes(each)
         except BufferError as error:
             say(error)
+        for use in (each.local, each.snapshot, lambda: each.resize(4096), each.flush):
+            try:
+                use()
+            except ValueError as error:
+                assert str(error) == sys.argv[3]
+            except TypeError:
+                assert each is copies  # cannot be resized anyway
         each.close()
 
+signal.alarm(30)
 say(in_child(child))
 for view in views:
     say(in_child(lambda: view[0]))
 say([view[0:1].tobytes() for view in views])
 """
-    process = parent(code)
+    process = parent(code, NOT_OURS)
     assert [process.line() for _ in range(4)] == [NOT_OURS] * 3 + ["0"]
     assert [process.line() for _ in range(3)] == [str(-signal.SIGSEGV)] * 3
     assert process.line() == "[b'c', b'm', b'm']"

@@ -10,6 +10,7 @@ import os
 import pytest
 from vm_support import PAGE, Script, frame_bytes, held, running, until, words
 
+from k42.vm import caches
 from k42.vm.fcm import FileCacheManager
 from k42.vm.kernel import Kernel
 
@@ -352,3 +353,25 @@ def test_15_independent_processes_are_served_on_one_processor_each(folder, scrip
         for client in clients:
             client.tell()
             client.good()
+
+
+def test_a_file_that_is_opened_while_its_unused_cache_goes_has_what_was_written(folder, puppet, monkeypatch):
+    """Until its write-back has ended, who opens the file finds the cache that makes room for others."""
+    path, other = folder / "file", folder / "other"
+    path.write_bytes(b"x" * 2 * PAGE)
+    other.write_bytes(b"x" * PAGE)
+    monkeypatch.setattr(caches, "_UNUSED", 1)
+    with running(folder / "kernel.sock", 64) as kernel, held(monkeypatch, "write-back") as write:
+        writer, client = puppet(kernel), puppet(kernel)
+        assert "Mapping" in ask(writer, f"(mapping := client.open({str(path)!r}, 'r+'))")
+        assert ask(writer, "mapping.write(b'written')") == "7"
+        writer.process.kill()  # it would flush
+        until(lambda: len(kernel.stat()["clients"]) == 1, "it is gone")
+        assert "Mapping" in ask(client, f"(mapping := client.open({str(other)!r}))")
+        assert ask(client, "mapping.close()") == "None"
+        write.reached()
+        assert path.read_bytes()[:7] == b"x" * 7
+        assert ask(client, f"(mapping := client.open({str(path)!r}))[:8]") == "b'writtenx'"
+        write.resume()
+        until(lambda: path.read_bytes()[:8] == b"writtenx", "it is in the file")
+        check_frames(kernel)

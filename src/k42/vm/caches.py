@@ -126,6 +126,7 @@ class Caches:
         self._by_number: dict[int, FileCacheManager] = {}
         self._by_key: dict[Hashable, Cached] = {}
         self._unused: collections.OrderedDict[Cached, None] = collections.OrderedDict()
+        self._leaving: set[Cached] = set()  # nobody uses them, and they are to go once they are written back
         self._opening: dict[Hashable, _Turn] = {}  # of URLs that are being opened; one opens, others wait
         self._abandoned: set[Cached] = set()  # nodes without users that have not handed over all that they have
         self._closers = ThreadPoolExecutor(_CLOSERS, "k42-close")
@@ -318,6 +319,7 @@ class Caches:
     def let_go(self, cached: Cached, *, writer: bool = False) -> None:
         """One user less. Anonymous memory goes with the last; a file stays for the next, if it is one of few."""
         closing: list[Cached] = []
+        oldest: Cached | None = None
         with self._lock:
             cached.users -= 1
             cached.writers -= writer
@@ -331,13 +333,27 @@ class Caches:
                 self._unused[cached] = None
                 if len(self._unused) > _UNUSED:
                     oldest, _ = self._unused.popitem(last=False)
-                    del self._by_key[oldest.key]
-                    closing.append(oldest)
+                    self._leaving.add(oldest)
+        if oldest is not None:
+            with contextlib.suppress(RuntimeError):  # the kernel ends, and closes all
+                self._closers.submit(self._leave, oldest)
         for each in closing:
             if each.key is None and (each.node is None or each.node.alone()):
                 self._end(each)  # its memory is to be there for the next at once
             else:
                 self._end_soon(each)
+
+    def _leave(self, cached: Cached) -> None:
+        """Closes a cache that nobody has opened for long. Until it is written back, who opens the file finds it."""
+        with contextlib.suppress(StoreError):  # closing it tries again, and says what is lost
+            cached.fcm.flush(0, 1 << 40)
+        with self._lock:
+            if cached not in self._leaving:
+                return  # somebody has opened it
+            self._leaving.remove(cached)
+            if self._by_key.get(cached.key) is cached:
+                del self._by_key[cached.key]
+        self._end(cached)
 
     def _end_soon(self, cached: Cached) -> None:
         with contextlib.suppress(RuntimeError):  # the kernel ends, and closes all
@@ -496,16 +512,22 @@ class Caches:
         cached.users += 1
         cached.writers += writer
         self._unused.pop(cached, None)
+        self._leaving.discard(cached)
 
     def _is_stale(self, cached: Cached, policy: Policy | None) -> bool:
         """Whether others changed the file: nobody new sees the old pages, those who map them keep them.
 
         Or nobody maps it, and it is to have another policy of replacement.
+
+        Raises:
+            StoreError: for that, the file does not take what was written.
         """
-        if self._has_policy(cached, policy) and not cached.fcm.fr().changed():
+        same, changed = self._has_policy(cached, policy), cached.fcm.fr().changed()
+        if same and not changed:
             return False
-        # What was written through mappings is newer than what others wrote before it goes to the file.
-        with contextlib.suppress(StoreError):
+        # What was written through mappings is newer than what others wrote before it goes to the file. What the file
+        # does not take, nobody would see in a cache with another policy: it stays in this one.
+        with contextlib.suppress(StoreError) if changed else contextlib.nullcontext():
             cached.fcm.flush(0, 1 << 40)
         del self._by_key[cached.key]
         if self._unused.pop(cached, cached) is None:

@@ -527,6 +527,8 @@ class Client:
         """In a forked child: what the parent has is the parent's alone. The mappings that it had."""
         self._lock = threading.Lock()
         mappings = list(self._mappings)
+        for mapping in mappings:
+            mapping._lock = threading.Lock()  # held over the fork, or by a thread that the child does not have
         self._closing = self._closed = True
         self._mappings = weakref.WeakSet()
         self._connection.close()

@@ -114,6 +114,7 @@ class Mapping(MemoryFile):
             return self._parent.local()
         if self._client is None or not self.shown:
             raise ValueError("mapping closed")
+        self._expect_ours()
         if self.mode == "c":
             raise Unsupported("a mapping of mode 'c' has one window, since each would have private copies of its own")
         index = self._client._cpu_index()
@@ -286,9 +287,12 @@ class Mapping(MemoryFile):
         client = self._client
         if client is None or not self.shown:
             raise ValueError("mapping closed")
+        self._expect_ours()
+        return client._long_request({"op": operation, "region": self._shown.region, **more})
+
+    def _expect_ours(self) -> None:
         if self._pid != os.getpid():
             raise ValueError("this mapping belongs to the parent process: open it again in the forked child")
-        return client._long_request({"op": operation, "region": self._shown.region, **more})
 
     def _pages(self, offset: SupportsIndex, length: SupportsIndex | None) -> dict[str, int]:
         """The pages of the file in which these bytes of the mapping lie."""
@@ -424,6 +428,7 @@ class Mapping(MemoryFile):
         client = self._client
         if client is None or not self.shown:
             raise ValueError("mapping closed")
+        self._expect_ours()
         if self.mode == "c":
             raise Unsupported("a mapping of mode 'c' has private copies, which a snapshot would not show")
         shown = self._shown
@@ -472,6 +477,7 @@ class Mapping(MemoryFile):
             raise OSError(errno.EINVAL, "a mapping has at least one byte")
         if self.mode == "anonymous" and wanted > length:
             raise ValueError("anonymous memory cannot grow")
+        self._expect_ours()
         with self._lock:
             client = self._client
             if client is None:
