@@ -381,6 +381,7 @@ PyObject* read_from(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
         PyErr_SetString(PyExc_ValueError, "no descriptor, a cluster of too many pages, or it has a source already");
         return nullptr;
     }
+    if (vm::Source::may_hang(descriptor)) Py_RETURN_NONE;
     vm::HintQueue* queue = nullptr;
     if (hints != Py_None) {
         HintQueueValue* checked_hints = checked<HintQueueValue>(hints, vm_types.hint_queue);

@@ -132,7 +132,7 @@ def test_a_client_limits_itself(kernels, connect, folder):
             one.anonymous(21 * PAGE)
         with one.anonymous(15 * PAGE), pytest.raises(vm.OutOfFrames, match="61440 are promised already"):
             one.anonymous(6 * PAGE)
-        with one.anonymous(20 * PAGE) as memory:
+        with one.anonymous(18 * PAGE) as memory:
             del memory
         with pytest.raises(vm.OutOfFrames, match="this client's limit"):
             one.open(path, page_size=16 * PAGE)
@@ -405,3 +405,23 @@ def test_the_check_finds_what_is_wrong():
         process.account().charge(1)
     pm.native().release(3, Backing.FILE, number)
     assert take_census(pm, [])[1] == []
+
+
+def test_a_limit_has_room_for_pages_that_come_and_go(kernels, connect, folder):
+    # Else a fault on one would hold up who waits for the same page, until it is known that no frame comes.
+    kernel = kernels(512 * PAGE)
+    path, content = file_of(folder, 64, "file"), words(64 * PAGE)
+    one, other = connect(kernel, limit=64 * PAGE), connect(kernel, limit=64 * PAGE)
+    with one.anonymous(64 * PAGE) as memory:
+        memory[::PAGE] = b"x" * 64
+        with pytest.raises(vm.OutOfFrames, match="pages that come and go"):
+            one.open(path)
+        with pytest.raises(vm.OutOfFrames, match="pages that come and go"):
+            one.anonymous(PAGE, overcommit=True)
+    with other.open(path, page_size=8 * PAGE) as mapping:
+        with pytest.raises(vm.OutOfFrames, match="does not fit this client's limit"):
+            other.anonymous(49 * PAGE)
+        with other.anonymous(48 * PAGE) as memory:
+            memory[::PAGE] = b"x" * 48
+            assert bytes(mapping) == content
+    assert one.check()[1] == []

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -86,6 +87,26 @@ void let_go(const ReadJob& job) {
 }
 
 }  // namespace
+
+bool Source::may_hang(int descriptor) {
+    struct statfs status;
+    if (fstatfs(descriptor, &status) < 0) return true;
+    switch (uint32_t(status.f_type)) {
+        case 0x6969:      // NFS
+        case 0x65735546:  // FUSE
+        case 0x517b:      // SMB
+        case 0xff534d42:  // CIFS
+        case 0xfe534d42:  // SMB2
+        case 0x01021997:  // 9p
+        case 0x00c36400:  // Ceph
+        case 0x5346414f:  // AFS
+        case 0x6b414653:  // kAFS
+        case 0x73757245:  // Coda
+            return true;
+        default:
+            return false;
+    }
+}
 
 bool Source::fill(int memfd, uint64_t first, uint32_t count) const {
     static thread_local std::unique_ptr<Buffer> buffer;

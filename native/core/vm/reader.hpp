@@ -34,6 +34,9 @@ class Source {
     Source(int descriptor, uint64_t size, uint32_t cluster, HintQueue* hints, uint64_t id)
         : descriptor_(descriptor), size_(size), cluster_(cluster), hints_(hints), id_(id) {}
 
+    // Whether a read may wait for another machine or process: such files must not keep threads from others.
+    static bool may_hang(int descriptor);
+
     // 0 while its length is changed by us: nothing is filled then.
     void resize(uint64_t size) { size_.store(size, std::memory_order_seq_cst); }
 

@@ -195,10 +195,13 @@ class Caches:
                         return found
                     if not same:
                         found.fcm.flush(0, 1 << 40)
+                        self._retire(found, policy)
+                        self._flush_retired(found)
+                    else:
+                        self._retire(found)
                 except BaseException:
                     self.let_go(found)
                     raise
-                self._retire(found)
                 self.let_go(found)
             fr = opener()
             with self._lock:
@@ -568,12 +571,26 @@ class Caches:
                 self._global_pm.unreserve(reserved)
             raise
 
-    def _retire(self, cached: Cached) -> None:
-        """Nobody finds it any more."""
+    def _retire(self, cached: Cached, policy: Policy | None = None) -> None:
+        """Nobody finds it any more.
+
+        Raises:
+            ValueError: somebody has opened it meanwhile, who minds that it is to have this policy.
+        """
         with self._lock:
+            self._has_policy(cached, policy, users=1)
             if self._by_key.get(cached.key) is cached:
                 del self._by_key[cached.key]
             self._unused.pop(cached, None)
+
+    def _flush_retired(self, cached: Cached) -> None:
+        """Once more: somebody may have come, written and gone. What the store does not take stays to be found."""
+        try:
+            cached.fcm.flush(0, 1 << 40)
+        except BaseException:
+            with self._lock:
+                self._by_key.setdefault(cached.key, cached)
+            raise
 
     def _make_or_close(
         self, fr: FileRepresentative, backing: Backing, policy: Policy | None = None

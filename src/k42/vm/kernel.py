@@ -110,6 +110,7 @@ class _Client:
     windows: int = 0
     caches: collections.Counter[Cached] = field(default_factory=collections.Counter)  # that regions show
     reserved: int = 0  # frames promised to anonymous memory that it has made, while it shows it
+    room: int = 0  # frames of its limit that are for its other pages, so that a fault on one always ends
     channels: set[Channel] = field(default_factory=set)
     heard: object = None  # the number of its last request, after a take-over
 
@@ -433,6 +434,7 @@ class Kernel:
         client.reserved += record["reserved"]
         if cached.fcm.replaceable():
             self._make_room(client, group)
+            client.room = max(client.room, 2 * group)
 
     # Connections.
 
@@ -740,12 +742,15 @@ class Kernel:
                 size = int(message["size"])
                 if size > _MAX_ANONYMOUS:
                     raise ValueError(f"anonymous memory of {size} bytes does not fit an address space")
-                if not message["overcommit"]:
+                if message["overcommit"]:
+                    self._keep_room(client, group)
+                else:
                     self._expect_within_limit(client, pages_of(size))
                 return self._caches.anonymous(size, overcommit=bool(message["overcommit"])), False
             case "file":
                 [descriptor] = descriptors
                 self._make_room(client, group)
+                self._keep_room(client, group)
                 policy = asked_policy(message)
                 cached, taken = self._caches.file(descriptor, str(message["name"]), writer=writer, policy=policy)
                 if taken:
@@ -753,6 +758,7 @@ class Kernel:
                 return cached, writer
             case "url":
                 self._make_room(client, group)
+                self._keep_room(client, group)
                 options = message["options"]
                 if not isinstance(options, dict):
                     raise ProtocolError("options are a dictionary")
@@ -791,6 +797,20 @@ class Kernel:
         frames = min(2 * max(group, self._global_pm.cluster()), self._frames_for(client, group))
         self._global_pm.promise_file(frames)
 
+    def _keep_room(self, client: _Client, group: int) -> None:
+        """Has a limited client keep frames for pages that come and go, of this size."""
+        frames = 2 * group
+        limit = client.pm.account().limit()
+        if limit is None or frames <= client.room:
+            return
+        if client.reserved and client.reserved + frames > limit:
+            raise OutOfFrames(
+                f"of this client's limit of {limit * PAGE} bytes {client.reserved * PAGE} are promised to anonymous "
+                f"memory, and {frames * PAGE} are needed for pages that come and go: close some, or start the kernel "
+                "with a larger `--client-limit`"
+            )
+        client.room = frames
+
     def _frames_for(self, client: _Client, group: int) -> int:
         """The budget in frames, if at least two pages of this size fit, and the limit; of 4 KiB one is enough."""
         frames = self.budget // PAGE
@@ -807,11 +827,11 @@ class Kernel:
     def _expect_within_limit(self, client: _Client, pages: int) -> None:
         """Anonymous memory that is promised stays as long as it is mapped: what does not fit is an error now."""
         limit = client.pm.account().limit()
-        if limit is not None and client.reserved + pages > limit:
+        if limit is not None and client.reserved + client.room + pages > limit:
             raise OutOfFrames(
                 f"anonymous memory of {pages * PAGE} bytes does not fit this client's limit of {limit * PAGE} bytes, "
-                f"of which {client.reserved * PAGE} are promised already: start the kernel with a larger "
-                "`--client-limit`, or ask for overcommit=True"
+                f"of which {client.reserved * PAGE} are promised already and {client.room * PAGE} kept for pages that "
+                "come and go: start the kernel with a larger `--client-limit`, or ask for overcommit=True"
             )
 
     def _make_fcm(
