@@ -10,7 +10,7 @@ import pytest
 from vm_support import PAGE, file_counts, running, until, words
 
 from k42 import vm
-from k42.vm.fr import FileFR
+from k42.vm.fr import _frames
 
 # Some pages are used again and again while others come and go; then many others come, each once. How many of the first
 # are read again when they are used again?
@@ -99,14 +99,14 @@ def test_what_the_file_did_not_take_is_not_hidden_by_another_policy(monkeypatch,
     path = folder / "file"
     path.write_bytes(words(20 * PAGE))
     full = True
-    write_back = FileFR.write_back
+    take = _frames.take
 
-    def write(*arguments: object) -> None:
+    def taken(*arguments: object) -> object:
         if full:
             raise vm.StoreError("no space left")
-        write_back(*arguments)
+        return take(*arguments)
 
-    monkeypatch.setattr(FileFR, "write_back", write)
+    monkeypatch.setattr(_frames, "take", taken)
     code = """
     client = vm.connect(sys.argv[1])
     mapping = client.open(sys.argv[2], "r+", policy="fifo")
