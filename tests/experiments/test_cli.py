@@ -156,6 +156,7 @@ def test_serve_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "sticky": True,
         "swap": True,
         "policy": "fifo",
+        "client_limit": None,
     }
     assert run("serve", "--objects", "shared", "--adapt", "--no-homing", "--no-sticky")[0] == 0
     assert run("serve", "--no-swap", "--policy", "s3fifo")[0] == 0

@@ -55,11 +55,12 @@ def put_zeros(memfd: int, offset: int, end: int) -> None:
         put(memfd, offset, bytes(head - offset))
     while head < end:
         length = min(CHUNK, end - head)
-        put(memfd, head, _ZEROS[:length])
+        put(memfd, head, memoryview(_ZEROS)[:length])
         head += length
 
 
-_ZEROS = memoryview(mmap.mmap(-1, CHUNK, prot=mmap.PROT_READ))  # costs no memory: Linux's one page of zeros
+# Costs no memory: Linux's one page of zeros. Not a memoryview: threads that share one lose it on free-threaded 3.13.
+_ZEROS = bytes(CHUNK)
 
 
 def take(memfd: int, offset: int, length: int) -> memoryview:
