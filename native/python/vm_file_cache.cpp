@@ -535,8 +535,7 @@ PyMethodDef methods[] = {
      "waiters woken."},
     {"reclaim", fast(reclaim), METH_FASTCALL,
      "reclaim(count, thorough, whose): evict up to so many clean pages by the policy; (frames given, dirty pages put "
-     "in "
-     "line). whose: an account's number, 0: of those above their shares, 65536: anybody's."},
+     "in line). whose: an account's number, 0: of those above their shares, 65536: anybody's."},
     {"begin_write", fast(begin_write), METH_FASTCALL,
      "begin_write(first, count): the next dirty run of the range is protected, and the caller's to write: (first, "
      "count, busy pages before it)."},

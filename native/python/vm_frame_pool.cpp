@@ -125,14 +125,6 @@ PyObject* uses_by(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 }
 PyObject* traffic(PyObject* self, PyObject*) { return to_python(pool_of(self).traffic()); }
 
-PyObject* uncharge_number(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
-    uint16_t number;
-    uint64_t frames;
-    if (!unpack("uncharge", args, nargs, number, frames)) return nullptr;
-    pool_of(self).accounts().uncharge(number, frames);
-    Py_RETURN_NONE;
-}
-
 PyObject* above_share(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint16_t number;
     if (!unpack("above_share", args, nargs, number)) return nullptr;
@@ -273,8 +265,7 @@ PyMethodDef methods[] = {
     {"promise_file", fast(promise_file), METH_FASTCALL, "Keep room for a file page of so many frames."},
     {"allocate", fast(allocate), METH_FASTCALL,
      "allocate(frames, backing, owner): take frames, charged to the account of this number: 0 granted, 1 reclaim "
-     "first, "
-     "2 exhausted, 3 the account is at its limit, or closed."},
+     "first, 2 exhausted, 3 the account is at its limit, or closed."},
     {"release", fast(release), METH_FASTCALL, "release(frames, backing, owner): give frames back."},
     {"changes", changes, METH_NOARGS, "Releases and completions so far, for wait()."},
     {"wait", fast(wait), METH_FASTCALL, "Wait until changes() differs from the number given, or a timeout in ms."},
@@ -291,7 +282,6 @@ PyMethodDef methods[] = {
      "uses_by(processor): how often it took frames while the pool was distributed."},
     {"traffic", traffic, METH_NOARGS,
      "(distributed, uses, moves): how often each processor used it, or all did, and moves between them."},
-    {"uncharge", fast(uncharge_number), METH_FASTCALL, "uncharge(number, frames): give back what an account has."},
     {"above_share", fast(above_share), METH_FASTCALL,
      "above_share(number): whether the account had more than its share at the last refresh_shares()."},
     {"refresh_shares", refresh_shares, METH_NOARGS, "Compare all accounts with their shares; whether any is above."},

@@ -507,11 +507,15 @@ void account_numbers() {
         CHECK(other->id() != number);
         accounts.close(other);
     }
-    in_threads(2, [&](int) { accounts.uncharge(number, 20); });
+    const auto uncharge = [&](uint16_t id, uint64_t frames) {
+        const runtime::Within within;
+        accounts.find(id)->uncharge(frames);
+    };
+    in_threads(2, [&](int) { uncharge(number, 20); });
     accounts.refresh();
     CHECK(!accounts.find(number));
     accounts.close(modest);
-    accounts.uncharge(modest->id(), 10);
+    uncharge(modest->id(), 10);
     CHECK(accounts.check() && accounts.size() == 0);
 }
 

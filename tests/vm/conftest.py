@@ -15,7 +15,7 @@ import pytest
 if not sys.platform.startswith("linux"):
     collect_ignore_glob = ["test_*.py"]
 
-from vm_support import Kernels, Script
+from vm_support import PAGE, PAGES, Kernels, Script, words
 
 from k42 import _native, vm
 
@@ -63,6 +63,14 @@ def folder() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="k42-"))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture
+def path(folder: Path) -> Path:
+    """A file of so many pages, each of which says where it is."""
+    made = folder / "file"
+    made.write_bytes(words(PAGES * PAGE))
+    return made
 
 
 @pytest.fixture

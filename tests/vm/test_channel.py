@@ -8,18 +8,9 @@ import threading
 import time
 
 import pytest
-from vm_support import PAGE, file_counts, stop, words
+from vm_support import PAGE, PAGES, file_counts, stop, words
 
 from k42 import vm
-
-PAGES = 64
-
-
-@pytest.fixture
-def path(folder):
-    made = folder / "file"
-    made.write_bytes(words(PAGES * PAGE))
-    return made
 
 
 def test_what_is_prefetched_is_there(client, path):

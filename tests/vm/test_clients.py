@@ -399,7 +399,7 @@ def test_the_check_finds_what_is_wrong():
     number = process.allocate(3, Backing.FILE)
     [lost] = take_census(pm, [])[1]  # frames without pages
     assert lost.startswith("3 frames are in use: 0 pages")
-    pm.native().uncharge(number, 1)
+    process.account().uncharge(1)
     assert any(text.startswith("2 frames are charged to 2 accounts, 3 are in use") for text in take_census(pm, [])[1])
     with contextlib.suppress(ValueError):
         process.account().charge(1)

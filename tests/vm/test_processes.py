@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
-from vm_support import PAGE, descriptors_of, until, words
+from vm_support import PAGE, PAGES, descriptors_of, until, words
 
 from k42 import vm
 
 # Forking a process that has threads is what is tested here.
 FORKING = ("-W", "ignore::DeprecationWarning")
-PAGES = 64
-
-
-@pytest.fixture
-def path(folder: Path) -> Path:
-    made = folder / "file"
-    made.write_bytes(words(PAGES * PAGE))
-    return made
 
 
 def test_a_forked_child_cannot_plant_pages(shared_kernel, script, path):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 import pytest
-from vm_support import PAGE, Raw, descriptors_of, until, words
+from vm_support import PAGE, PAGES, Raw, descriptors_of, until, words
 
 from k42 import vm
 from k42.vm.fr import compress
 
 # Forking a process that has threads is what is tested here.
 FORKING = ("-W", "ignore::DeprecationWarning")
-PAGES = 64
 NOT_OURS = "this mapping belongs to the parent process: open it again in the forked child"
 
 # In scripts: runs a function in a forked child, and says how it ended.
@@ -35,13 +33,6 @@ def in_child(work):
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
 """
-
-
-@pytest.fixture
-def path(folder: Path) -> Path:
-    made = folder / "file"
-    made.write_bytes(words(PAGES * PAGE))
-    return made
 
 
 @pytest.fixture

@@ -9,16 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from vm_support import PAGE, held, running, words
-
-PAGES = 64
-
-
-@pytest.fixture
-def path(folder: Path) -> Path:
-    made = folder / "file"
-    made.write_bytes(words(PAGES * PAGE))
-    return made
+from vm_support import PAGE, PAGES, held, running, words
 
 
 def watched(pid: int) -> int:

@@ -199,12 +199,12 @@ def test_accounts_of_processes():
     greedy, modest = ProcessPM.create(global_pm), ProcessPM.create(global_pm, 1)
     assert modest.account().charge(1)
     assert not modest.account().charge(1)
-    assert greedy.account().charge(80)
+    number = greedy.allocate(80, Backing.FILE)
     assert greedy.stat() == {"used": 80, "limit": None, "share": 46}  # of what is not kept free
     assert modest.stat() == {"used": 1, "limit": 1, "share": 1}
     pool = global_pm.native()
     pool.refresh_shares()
-    number = greedy.account().number()
+    assert greedy.account().number() == number
     assert pool.above_share(number)
     assert not pool.above_share(modest.account().number())
     assert pool.above_share(0)  # nobody's
@@ -213,7 +213,7 @@ def test_accounts_of_processes():
         greedy.account().charge(1)
     other = ProcessPM.create(global_pm)
     assert other.account().number() != number
-    pool.uncharge(number, 80)
+    pool.release(80, Backing.FILE, number)
     pool.refresh_shares()
     assert pool.check()
     for pm in (greedy, modest, other, global_pm):

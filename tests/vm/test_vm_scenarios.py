@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 
 import pytest
 from vm_support import PAGE, Script, frame_bytes, held, running, until, words
@@ -34,6 +35,12 @@ def puppet(script):
 def ask(client: Script, expression: str) -> str:
     client.tell(expression)
     return client.line()
+
+
+def have_open(path: Path, *clients: Script, mode: str = "r") -> None:
+    """Has each map the file, as `mapping`."""
+    for client in clients:
+        assert "Mapping" in ask(client, f"(mapping := client.open({str(path)!r}, {mode!r}))")
 
 
 def only_cache(kernel: Kernel) -> FileCacheManager:
@@ -157,8 +164,8 @@ def test_12_a_fill_under_way_brings_nothing_back_that_was_cut_off(folder, puppet
     path.write_bytes(b"x" * 3 * PAGE)
     with running(folder / "kernel.sock", 64) as kernel, held(monkeypatch, "fill") as fill:
         reader, cutter = puppet(kernel), puppet(kernel)
-        assert "Mapping" in ask(reader, f"(mapping := client.open({str(path)!r}))")
-        assert "Mapping" in ask(cutter, f"(mapping := client.open({str(path)!r}, 'r+'))")
+        have_open(path, reader)
+        have_open(path, cutter, mode="r+")
         reader.tell("mapping[2 * 4096]")
         fill.reached()
         cutter.tell("mapping.resize(2 * 4096 + 100)")
@@ -179,8 +186,7 @@ def test_12_a_write_back_under_way_stores_nothing_that_was_cut_off(folder, puppe
     path.write_bytes(bytes(3 * PAGE))
     with running(folder / "kernel.sock", 64) as kernel, held(monkeypatch, "write-back") as write:
         writer, cutter = puppet(kernel), puppet(kernel)
-        assert "Mapping" in ask(writer, f"(mapping := client.open({str(path)!r}, 'r+'))")
-        assert "Mapping" in ask(cutter, f"(mapping := client.open({str(path)!r}, 'r+'))")
+        have_open(path, writer, cutter, mode="r+")
         assert ask(writer, "mapping.write(b'x' * 3 * 4096)") == str(3 * PAGE)
         writer.tell("mapping.flush()")
         write.reached()
@@ -202,8 +208,8 @@ def test_12_a_fault_on_a_page_that_is_cut_off_ends_in_an_error(folder, puppet, m
     path.write_bytes(b"x" * 64 * PAGE)
     with running(folder / "kernel.sock", 64) as kernel, held(monkeypatch, "fill") as fill:
         reader, cutter = puppet(kernel), puppet(kernel)
-        assert "Mapping" in ask(reader, f"(mapping := client.open({str(path)!r}))")
-        assert "Mapping" in ask(cutter, f"(mapping := client.open({str(path)!r}, 'r+'))")
+        have_open(path, reader)
+        have_open(path, cutter, mode="r+")
         reader.tell("mapping[40 * 4096]")
         fill.reached()
         cutter.tell("mapping.resize(4096)")
@@ -223,8 +229,7 @@ def test_12_a_client_that_dies_in_a_fault_leaves_a_page_and_no_mapping(folder, p
     path.write_bytes(words(64 * PAGE))
     with running(folder / "kernel.sock", 64) as kernel, held(monkeypatch, "fill") as fill:
         reader, other = puppet(kernel), puppet(kernel)
-        for client in (reader, other):
-            assert "Mapping" in ask(client, f"(mapping := client.open({str(path)!r}))")
+        have_open(path, reader, other)
         reader.tell("mapping[20 * 4096]")
         fill.reached()
         reader.process.kill()
@@ -244,7 +249,7 @@ def test_12_a_fault_that_waits_when_its_kernel_ends_is_not_shown_a_wrong_byte(fo
     with held(monkeypatch, "fill") as fill:
         with running(folder / "kernel.sock", 64) as kernel:
             reader = puppet(kernel, grace=0.5)
-            assert "Mapping" in ask(reader, f"(mapping := client.open({str(path)!r}))")
+            have_open(path, reader)
             reader.tell("mapping[4096]")
             fill.reached()
             kernel.stop()
@@ -260,8 +265,7 @@ def test_12_a_snapshot_that_comes_in_a_fault_shows_what_was_there(folder, puppet
     path.write_bytes(b"x" * 64 * PAGE)
     with running(folder / "kernel.sock", 64) as kernel, held(monkeypatch, "fill") as fill:
         writer, reader, copier = puppet(kernel), puppet(kernel), puppet(kernel)
-        for client in (writer, reader, copier):
-            assert "Mapping" in ask(client, f"(mapping := client.open({str(path)!r}, 'r+'))")
+        have_open(path, writer, reader, copier, mode="r+")
         writer.tell("mapping.__setitem__(20 * 4096, 7)")
         reader.tell("mapping[21 * 4096]")
         fill.reached()
@@ -284,7 +288,7 @@ def test_12_eviction_passes_over_a_page_that_comes_in(folder, puppet, monkeypatc
     path.write_bytes(words(64 * PAGE))
     with running(folder / "kernel.sock", 64) as kernel, held(monkeypatch, "fill") as fill:
         reader = puppet(kernel)
-        assert "Mapping" in ask(reader, f"(mapping := client.open({str(path)!r}))")
+        have_open(path, reader)
         reader.tell("mapping[20 * 4096 : 20 * 4096 + 8]")
         fill.reached()
         fcm = only_cache(kernel)
@@ -308,8 +312,8 @@ def test_14_what_waits_for_frames_goes_on_when_there_are_some(folder, puppet, mo
         first = [puppet(kernel) for _ in range(4)]
         last = puppet(kernel)
         for client in first:
-            assert "Mapping" in ask(client, f"(mapping := client.open({str(path)!r}))")
-        assert "Mapping" in ask(last, f"(mapping := client.open({str(other)!r}))")
+            have_open(path, client)
+        have_open(other, last)
         for number, client in enumerate(first):
             client.tell(f"mapping[{number * 16 * PAGE}]")
         until(lambda: kernel._global_pm.usage()["file"] == 4, "there is no free frame")
@@ -363,11 +367,11 @@ def test_a_file_that_is_opened_while_its_unused_cache_goes_has_what_was_written(
     monkeypatch.setattr(caches, "_UNUSED", 1)
     with running(folder / "kernel.sock", 64) as kernel, held(monkeypatch, "write-back") as write:
         writer, client = puppet(kernel), puppet(kernel)
-        assert "Mapping" in ask(writer, f"(mapping := client.open({str(path)!r}, 'r+'))")
+        have_open(path, writer, mode="r+")
         assert ask(writer, "mapping.write(b'written')") == "7"
         writer.process.kill()  # it would flush
         until(lambda: len(kernel.stat()["clients"]) == 1, "it is gone")
-        assert "Mapping" in ask(client, f"(mapping := client.open({str(other)!r}))")
+        have_open(other, client)
         assert ask(client, "mapping.close()") == "None"
         write.reached()
         assert path.read_bytes()[:7] == b"x" * 7

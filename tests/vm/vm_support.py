@@ -26,6 +26,7 @@ from k42.vm.kernel import Kernel
 from k42.vm.variants import Variants
 
 PAGE = 4096
+PAGES = 64  # of the file `path`
 _LIMIT = 70.0  # seconds; scripts end themselves after 60
 
 # Every script: no core files (SIGBUS makes them), and the names that nearly all need.

@@ -120,12 +120,6 @@ class Accounts {
     // The account with this number, for the request of the runtime that runs; nullptr: no account, now.
     Account* find(uint16_t id) const { return accounts_[id].load(std::memory_order_acquire); }
 
-    // Gives a page's frame back, for whoever it was charged to.
-    void uncharge(uint16_t id, uint64_t frames) {
-        const runtime::Within within;
-        if (Account* account = find(id)) account->uncharge(frames);
-    }
-
     // How many frames the account has beyond its share, as `refresh` found that last: so many of its pages may go
     // before others'. Nobody has no share, nor has a client that has gone.
     uint64_t excess(uint16_t id) const {
@@ -146,7 +140,7 @@ class Accounts {
         const uint64_t active = active_locked();
         std::vector<uint16_t> above;
         for (Account* account : open_) {
-            const uint64_t share = std::min(account->limit(), shared_ / std::max<uint64_t>(active, 1));
+            const uint64_t share = share_of(*account, active);
             account->share_.store(share, std::memory_order_relaxed);
             if (account->used() > share) above.push_back(account->id());
         }
@@ -164,8 +158,7 @@ class Accounts {
     // An equal part for each client that has any page, but not more than its limit.
     uint64_t share(const Account& account) const {
         std::lock_guard guard(lock_);
-        const uint64_t active = active_locked() + (account.used() == 0);
-        return std::min(account.limit(), shared_ / std::max<uint64_t>(active, 1));
+        return share_of(account, active_locked() + (account.used() == 0));
     }
 
     // Whether all accounts are as their limits say, and how many are open.
@@ -233,6 +226,10 @@ class Accounts {
 
     uint64_t active_locked() const {
         return uint64_t(std::count_if(open_.begin(), open_.end(), [](const Account* a) { return a->used() > 0; }));
+    }
+
+    uint64_t share_of(const Account& account, uint64_t active) const {
+        return std::min(account.limit(), shared_ / std::max<uint64_t>(active, 1));
     }
 
     void sweep() {

@@ -42,6 +42,33 @@ class Record:
     spread: float
     parameters: Mapping[str, int]
 
+    @classmethod
+    def of(
+        cls,
+        values: Sequence[float],
+        *,
+        experiment: str,
+        implementation: str,
+        processors: int,
+        metric: str,
+        unit: str,
+        parameters: Mapping[str, int],
+    ) -> Record:
+        """Sum the values of the runs up; the rest is as it is here."""
+        quarter, median, three_quarters = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(
+            experiment=experiment,
+            machine="real",
+            implementation=implementation,
+            processors=processors,
+            metric=metric,
+            unit=unit,
+            value=median,
+            runs=len(values),
+            spread=three_quarters - quarter,
+            parameters=parameters,
+        )
+
     def to_json(self) -> str:
         """The record as one line of JSON, without the line's end."""
         return json.dumps(dataclasses.asdict(self))
@@ -66,17 +93,13 @@ class Samples:
 
     def record(self, experiment: str, metric: str, unit: str) -> Record:
         """Sum the samples up."""
-        quarter, median, three_quarters = statistics.quantiles(self.values, n=4, method="inclusive")
-        return Record(
+        return Record.of(
+            self.values,
             experiment=experiment,
-            machine="real",
             implementation=self.case.implementation,
             processors=self.case.processors,
             metric=metric,
             unit=unit,
-            value=median,
-            runs=len(self.values),
-            spread=three_quarters - quarter,
             parameters=self.case.parameters,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -45,6 +46,18 @@ class Report:
 def cpus() -> list[int]:
     """The CPUs that this process may use, in ascending order."""
     return sorted(os.sched_getaffinity(0))
+
+
+def first_cpus(processors: int) -> list[int]:
+    """So many of them.
+
+    Raises:
+        Error: there are fewer.
+    """
+    available = cpus()
+    if processors > len(available):
+        raise Error(f"{processors} processors were asked for, and this process may use {len(available)}")
+    return available[:processors]
 
 
 def default_processors() -> tuple[int, ...]:
@@ -109,9 +122,7 @@ def on_processors(processors: int, body: Callable[[int, Gate], float], *, pinned
     Raises:
         Error: there are fewer processors than asked for.
     """
-    available = cpus()
-    if processors > len(available):
-        raise Error(f"{processors} processors were asked for, and this process may use {len(available)}")
+    chosen = first_cpus(processors)
     gate = Gate(processors)
     failures: list[BaseException] = []
 
@@ -126,10 +137,25 @@ def on_processors(processors: int, body: Callable[[int, Gate], float], *, pinned
             raise
 
     with ThreadPoolExecutor(processors) as pool:
-        futures = [pool.submit(run, cpu) for cpu in available[:processors]]
+        futures = [pool.submit(run, cpu) for cpu in chosen]
     if failures:
         raise failures[0]  # the first is the cause, the others found the gate broken
     return [future.result() for future in futures]
+
+
+def python(module: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a module of the experiments as a process, with pipes to its input and from its output.
+
+    Ctrl-C is for this process, which then ends it. It has no session of its own: Linux would schedule each as a group
+    apart from the kernel that serves it (sched_autogroup).
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", f"k42.experiments.{module}", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ import json
 import re
 import statistics
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from typing import Any
 
 from k42.errors import Error
 from k42.experiments._record import PAGE, PAGE_SIZES, Case, Samples, compared, find
-from k42.experiments._runner import Options, Report, cpus, interleave, own_kernel
+from k42.experiments._runner import Options, Report, first_cpus, interleave, own_kernel, python
 from k42.vm.variants import choices
 
 NBYTES = 111_000_000  # the paper's file
@@ -71,12 +70,10 @@ def time_per_process(implementation: str, processors: int, path: Path, page_size
     Raises:
         Error: a process failed, or the mapping is not what the file is.
     """
-    available = cpus()
-    if processors > len(available):
-        raise Error(f"{processors} processors were asked for, and this process may use {len(available)}")
+    chosen = first_cpus(processors)
     searchers: list[subprocess.Popen[str]] = []
     try:
-        for cpu in available[:processors]:
+        for cpu in chosen:
             job = {
                 "cpu": cpu,
                 "implementation": implementation,
@@ -85,17 +82,7 @@ def time_per_process(implementation: str, processors: int, path: Path, page_size
                 "page_size": page_size,
                 "socket": socket,
             }
-            searchers.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "k42.experiments._grep", json.dumps(job)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    # Ctrl-C is for this process, which then ends them. Not a session of their own: Linux would
-                    # schedule each as a group apart from the kernel that serves it (sched_autogroup).
-                    process_group=0,
-                )
-            )
+            searchers.append(python("_grep", json.dumps(job)))
         for searcher in searchers:
             _answer(searcher)
         for searcher in searchers:

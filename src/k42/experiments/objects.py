@@ -40,7 +40,7 @@ from rich.progress import track
 
 from k42.errors import Error
 from k42.experiments._record import PAGE, Record
-from k42.experiments._runner import Options, Report, cpus
+from k42.experiments._runner import Options, Report, first_cpus, python
 from k42.experiments.grep import write_corpus
 
 NBYTES = 4096 * PAGE  # the paper's scans take about so many faults
@@ -132,8 +132,8 @@ def counted_kernel(processors: int) -> Iterator[_Kernel]:
     """
     with tempfile.TemporaryDirectory(prefix="k42-") as folder:
         made = _Kernel(str(Path(folder) / "kernel.socket"))
-        job = {"socket": made.socket, "budget": BUDGET, "cpus": _first(processors)}
-        process = _python("_census", job)
+        job = {"socket": made.socket, "budget": BUDGET, "cpus": first_cpus(processors)}
+        process = python("_census", json.dumps(job))
         try:
             _expect(process, "ready")
             yield made
@@ -145,24 +145,6 @@ def counted_kernel(processors: int) -> Iterator[_Kernel]:
         finally:
             process.kill()
             process.communicate()
-
-
-def _first(processors: int) -> list[int]:
-    available = cpus()
-    if processors > len(available):
-        raise Error(f"{processors} processors were asked for, and this process may use {len(available)}")
-    return available[:processors]
-
-
-def _python(module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
-    """A process of this package; Ctrl-C is for this one, which then ends it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", f"k42.experiments.{module}", json.dumps(job)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
 
 
 def _expect(process: subprocess.Popen[str], word: str) -> None:
@@ -183,7 +165,7 @@ class Program:
         """Start it; it has connected when this returns, and waits for a line where that is wanted."""
         paths = [str(path) for path in self.paths]
         job = {"socket": socket, "program": self.program, "cpus": self.cpus, "paths": paths, "waits": waits}
-        process = _python("_objects", job)
+        process = python("_objects", json.dumps(job))
         try:
             _expect(process, "ready")
         except BaseException:
@@ -225,7 +207,7 @@ def scenarios(folder: Path, nbytes: int, processors: int) -> dict[str, list[Prog
     for path in (one, other):
         if not path.exists():
             write_corpus(path, nbytes)
-    here, there = (_first(processors) * 2)[:2]
+    here, there = (first_cpus(processors) * 2)[:2]
     return {
         "multi-user": [Program("search", [here], [one]), Program("check", [there], [other])],
         "single-user": [Program("search", [here], [one]), Program("search", [there], [one])],
@@ -253,7 +235,7 @@ def benchmark(folder: Path, turns: int, processors: int) -> list[Counted]:
                     process.communicate()
 
     with counted_kernel(processors) as kernel, ThreadPoolExecutor(processors) as pool:
-        for future in [pool.submit(user, cpu, kernel.socket) for cpu in _first(processors)]:
+        for future in [pool.submit(user, cpu, kernel.socket) for cpu in first_cpus(processors)]:
             future.result()
     return kernel.objects
 
@@ -339,17 +321,13 @@ def _shares(label: str, rounds: Sequence[Mapping[str, int]]) -> list[float]:
 
 
 def _record(implementation: str, processors: int, label: str, rounds: Sequence[Mapping[str, int]]) -> Record:
-    quarter, median, three_quarters = statistics.quantiles(_shares(label, rounds), n=4, method="inclusive")
-    return Record(
+    return Record.of(
+        _shares(label, rounds),
         experiment="objects",
-        machine="real",
         implementation=implementation,
         processors=processors,
         metric="share",
         unit="%",
-        value=median,
-        runs=len(rounds),
-        spread=three_quarters - quarter,
         parameters={"count": int(_medians(rounds).get(label, 0))},
     )
 

@@ -21,7 +21,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import Any
 from k42.errors import Error
 from k42.experiments._cgroup import limited
 from k42.experiments._record import PAGE, Case, Samples
-from k42.experiments._runner import Options, Report, interleave
+from k42.experiments._runner import Options, Report, interleave, python
 
 BUDGET = 128 * 2**20  # bytes: of the kernel
 PROCESSES = 64 * 2**20  # bytes: what a kernel and its client have beside the pages, and Linux's own for both
@@ -93,13 +92,7 @@ class Worker:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.path = Path(job["path"])
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "k42.experiments._paging", json.dumps(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            process_group=0,  # Ctrl-C is for this process, which then ends them
-        )
+        self._process = python("_paging", json.dumps(job))
         self.used: int = self._answer()["used"]
 
     def run(self, **request: int) -> float:

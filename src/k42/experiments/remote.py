@@ -28,7 +28,7 @@ from typing import Any
 
 from k42.errors import Error
 from k42.experiments._record import Case, Samples
-from k42.experiments._runner import Options, Report, interleave, own_kernel
+from k42.experiments._runner import Options, Report, interleave, own_kernel, python
 
 NBYTES = 64 * 2**20
 QUICK_NBYTES = 16 * 2**20
@@ -48,8 +48,7 @@ _Read = Callable[[int, int], bytes]  # takes an offset and a length
 @contextlib.contextmanager
 def server(path: Path) -> Iterator[str]:
     """Serve a file; yields the server's address."""
-    command = [sys.executable, "-m", "k42.experiments._http", str(path), str(LATENCY), str(RATE)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0)
+    process = python("_http", str(path), str(LATENCY), str(RATE))
     try:
         assert process.stdout
         port = process.stdout.readline().strip()

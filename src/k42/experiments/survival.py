@@ -18,7 +18,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from typing import Any
 
 from k42.errors import Error
 from k42.experiments._record import PAGE, Case, Samples
-from k42.experiments._runner import Options, Report, interleave
+from k42.experiments._runner import Options, Report, interleave, python
 
 BUDGETS = (256, 48)  # pages, of which the clients use about 800
 CLIENTS = 2
@@ -100,13 +99,7 @@ class Survivors:
                 path = folder / f"file{number}"
                 path.write_bytes(bytes(NBYTES))
                 arguments = map(str, (self._kernel.socket, path, other, f"{seed} {number}"))
-                client = subprocess.Popen(
-                    [sys.executable, "-m", "k42.experiments._survival", *arguments],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    process_group=0,  # Ctrl-C is for this process, which then ends them
-                )
+                client = python("_survival", *arguments)
                 self._clients.append(client)
                 self._answer(client)
             self._stack = stack.pop_all()

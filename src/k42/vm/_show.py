@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from k42.vm.protocol import PAGE
+from k42.vm.protocol import text_of
 
 
 def tables(stat: dict[str, Any]) -> Group:
@@ -35,16 +35,5 @@ def tables(stat: dict[str, Any]) -> Group:
 
 
 def size(pages: int | None) -> str:
-    """So many pages as bytes.
-
-    >>> size(3), size(256), size(None)
-    ('12 KiB', '1 MiB', '-')
-    """
-    if pages is None:
-        return "-"
-    number = float(pages * PAGE // 1024)
-    for unit in ("KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.4g} {unit}"
-        number /= 1024
-    return f"{number:.4g} TiB"
+    """So many pages, as text; a dash where there is no number."""
+    return "-" if pages is None else text_of(pages)

@@ -195,10 +195,9 @@ class Caches:
                         return found
                     if not same:
                         found.fcm.flush(0, 1 << 40)
-                        self._retire(found, policy)
+                    self._retire(found, policy)
+                    if not same:
                         self._flush_retired(found)
-                    else:
-                        self._retire(found)
                 except BaseException:
                     self.let_go(found)
                     raise
@@ -571,7 +570,7 @@ class Caches:
                 self._global_pm.unreserve(reserved)
             raise
 
-    def _retire(self, cached: Cached, policy: Policy | None = None) -> None:
+    def _retire(self, cached: Cached, policy: Policy | None) -> None:
         """Nobody finds it any more.
 
         Raises:

@@ -1062,8 +1062,17 @@ def serve(
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
     try:
         budget = default_budget() if budget is None else budget
-        choices = {"homing": homing, "sticky": sticky, "swap": swap}
-        kernel = Kernel(path, budget, linger, variants, policy=chosen, client_limit=client_limit, **choices)
+        kernel = Kernel(
+            path,
+            budget,
+            linger,
+            variants,
+            homing=homing,
+            sticky=sticky,
+            swap=swap,
+            policy=chosen,
+            client_limit=client_limit,
+        )
 
         def on_signal(number: int, _: object) -> None:
             log.info("%s: ending", signal.Signals(number).name)

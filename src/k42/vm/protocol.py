@@ -29,6 +29,20 @@ _MAX_REASON = 2500  # characters, each up to 12 bytes in JSON: an error quotes w
 Message = dict[str, Any]
 
 
+def text_of(pages: int) -> str:
+    """So many pages of 4 KiB, in bytes as people write them.
+
+    >>> text_of(3), text_of(256)
+    ('12 KiB', '1 MiB')
+    """
+    number = float(pages * PAGE // 1024)
+    for unit in ("KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} TiB"
+
+
 def pages_of(nbytes: int) -> int:
     """How many pages of 4 KiB hold so many bytes."""
     return -(-nbytes // PAGE)

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, ClassVar
 import k42
 from k42 import _native
 from k42.vm.errors import OutOfFrames
+from k42.vm.protocol import text_of
 
 if TYPE_CHECKING:
     from k42.vm.fcm import FileCacheManager
@@ -272,11 +273,11 @@ class _GlobalPM(GlobalPageManager):
     def _no_frame(self, limit: int | None) -> str:
         if limit is not None:
             return (
-                f"the limit of this client ({self._text(limit)}) has no frame left for this page: give clients more "
+                f"the limit of this client ({text_of(limit)}) has no frame left for this page: give clients more "
                 "with `k42 serve --client-limit`, or unpin or close something"
             )
         return (
-            f"the kernel's budget ({self._text(self.root.budget)}) has no frame left for this page: "
+            f"the kernel's budget ({text_of(self.root.budget)}) has no frame left for this page: "
             "give it more with `k42 serve --budget`, or use less memory made with overcommit=True"
         )
 
@@ -310,8 +311,8 @@ class _GlobalPM(GlobalPageManager):
         if not self.root.pool.reserve(frames):
             free = self._unpromised()
             raise OutOfFrames(
-                f"{self._text(frames)} of anonymous memory do not fit: of the kernel's budget of "
-                f"{self._text(self.root.budget)}, {self._text(free)} are not promised to others. Start "
+                f"{text_of(frames)} of anonymous memory do not fit: of the kernel's budget of "
+                f"{text_of(self.root.budget)}, {text_of(free)} are not promised to others. Start "
                 "the kernel with a larger `--budget`, or ask for overcommit=True"
             )
 
@@ -323,8 +324,8 @@ class _GlobalPM(GlobalPageManager):
         """Keeps room for file pages; see `GlobalPageManager.promise_file`."""
         if not self.root.pool.promise_file(frames):
             raise OutOfFrames(
-                f"a page of {self._text(frames)} does not fit beside the anonymous memory in the kernel's budget of "
-                f"{self._text(self.root.budget)}: ask for a smaller page_size, or start it with a larger `--budget`"
+                f"a page of {text_of(frames)} does not fit beside the anonymous memory in the kernel's budget of "
+                f"{text_of(self.root.budget)}: ask for a smaller page_size, or start it with a larger `--budget`"
             )
 
     def detach_fcm(self, fcm: FileCacheManager) -> None:
@@ -356,15 +357,6 @@ class _GlobalPM(GlobalPageManager):
     def _unpromised(self) -> int:
         usage = self.usage()
         return max(0, usage["budget"] - usage["promised_anonymous"] - usage["promised_file"] - usage["overcommitted"])
-
-    @staticmethod
-    def _text(frames: int) -> str:
-        size = float(frames * 4)
-        for unit in ("KiB", "MiB", "GiB"):
-            if size < 1024:
-                return f"{size:.4g} {unit}"
-            size /= 1024
-        return f"{size:.4g} TiB"
 
 
 class SharedGlobalPM(_GlobalPM):
