@@ -14,7 +14,7 @@ namespace k42::edge {
 
 namespace {
 
-PyObject* access_failed;  // the exception type: (offset in the mapping, kernel is gone, reason)
+PyObject* access_failed;  // the exception type: (offset in the mapping, kernel is gone, page is marked, reason)
 
 constexpr size_t kChunk = 1 << 20;  // bytes between two looks at signals
 
@@ -62,7 +62,8 @@ bool raise(const Open& open, const vm::AccessFailure& failure) {
     Ref reason = Ref::steal(PyUnicode_DecodeUTF8(failure.reason, Py_ssize_t(std::strlen(failure.reason)), "replace"));
     if (!reason) return false;
     const auto offset = static_cast<long long>(failure.address) - static_cast<long long>(open.start);
-    Ref arguments = Ref::steal(Py_BuildValue("(LOO)", offset, failure.abandoned ? Py_True : Py_False, reason.get()));
+    Ref arguments = Ref::steal(Py_BuildValue("(LOOO)", offset, failure.abandoned ? Py_True : Py_False,
+                                             failure.marked ? Py_True : Py_False, reason.get()));
     if (arguments) PyErr_SetObject(access_failed, arguments.get());
     return false;
 }
@@ -255,7 +256,9 @@ PyMethodDef functions[] = {
 
 int add_access(PyObject* module) {
     access_failed = PyErr_NewExceptionWithDoc(
-        "k42._native.AccessFailed", "(offset in the mapping, whether the kernel is gone, reason)", nullptr, nullptr);
+        "k42._native.AccessFailed",
+        "(offset in the mapping, whether the kernel is gone, whether the page is marked from earlier, reason)", nullptr,
+        nullptr);
     if (!access_failed || PyModule_AddObjectRef(module, "AccessFailed", access_failed) < 0) return -1;
     return PyModule_AddFunctions(module, functions);
 }

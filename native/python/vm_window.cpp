@@ -226,8 +226,8 @@ void list_window(WindowValue& window, int memfd, uint64_t offset, uint32_t mode,
     vm::Guard& watcher = SelfGuard::of(guard).guard;
     watcher.add_range({window.base, window.size, memfd, offset, vm::Windows::Kind(mode)});
     window.guard = Ref::borrow(guard);
-    window.record = vm::list_window(window.base, window.size, offset, name, reinterpret_cast<const void*>(status),
-                                    watcher.abandoned());
+    window.record = vm::list_window(window.base, window.size, offset, mode == kPrivate, name,
+                                    reinterpret_cast<const void*>(status), watcher.abandoned());
 }
 
 PyObject* show(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {

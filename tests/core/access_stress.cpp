@@ -1,6 +1,6 @@
-// Stress of guarded touches: threads read and write private copies of pages that a server of this process grants or
-// marks as failed at random. Whoever succeeds sees right bytes, healing loses no write of anybody, and once nothing
-// fails any more everything can be had.
+// Stress of guarded touches: threads read and write pages that a server of this process grants or marks as failed at
+// random. Whoever succeeds sees right bytes, no write of anybody is lost when marks go, and once nothing fails any more
+// everything can be had.
 #include <poll.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -42,15 +42,15 @@ struct Touch {
     }
 };
 
-void pages_that_fail_and_recover() {
-    begin("pages that fail and recover");
+void pages_that_fail_and_recover(bool copies) {
+    begin(copies ? "copies of pages that fail and recover" : "shared pages that fail and recover");
     const int memfd = memfd_create("k42-stress", MFD_CLOEXEC);
     CHECK(memfd >= 0 && ftruncate(memfd, kLength) == 0);
     for (uint64_t page = 0; page < kPages; ++page) {
         const uint64_t word = pattern(page);
         CHECK(pwrite(memfd, &word, sizeof word, off_t(page * kPageSize)) == sizeof word);
     }
-    void* base = mmap(nullptr, kLength, PROT_READ | PROT_WRITE, MAP_PRIVATE, memfd, 0);
+    void* base = mmap(nullptr, kLength, PROT_READ | PROT_WRITE, copies ? MAP_PRIVATE : MAP_SHARED, memfd, 0);
     CHECK(base != MAP_FAILED);
     const auto start = reinterpret_cast<uint64_t>(base);
     const int uffd = open_userfaultfd(false);
@@ -58,7 +58,7 @@ void pages_that_fail_and_recover() {
     const auto status = StatusPage::create();
     void* shown = mmap(nullptr, StatusPage::kBytes, PROT_READ, MAP_SHARED, status->descriptor(), 0);
     std::atomic<bool> abandoned{false};
-    WindowRecord* window = list_window(start, kLength, 0, "the stress", shown, &abandoned);
+    WindowRecord* window = list_window(start, kLength, 0, copies, "the stress", shown, &abandoned);
 
     std::atomic<bool> failing{true}, ending{false};
     std::atomic<uint64_t> failed{0}, granted{0};
@@ -70,7 +70,8 @@ void pages_that_fail_and_recover() {
             uffd_msg message;
             if (read_messages(uffd, &message, 1) != 1) continue;
             const uint64_t page = message.arg.pagefault.address & ~(kPageSize - 1);
-            if (failing.load() && ++turn % 3) {
+            if (turn % 7 == 0) usleep(useconds_t(turn % 200));  // meanwhile a marked page is looked at
+            if (++turn % 3 && failing.load()) {
                 status->report(page, kPageSize, "as the test wants it");
                 poison_range(uffd, page, kPageSize);
                 wake_range(uffd, page, kPageSize);
@@ -83,7 +84,8 @@ void pages_that_fail_and_recover() {
     });
     in_threads(kThreads, [&](int who) {
         // All on the same page at about the same time, each until it succeeds: then a page heals, is granted and is
-        // written to by one while another still goes about healing it.
+        // written to by one while another still goes about healing it. Faults that were sent before the page was marked
+        // are granted after it, over the mark.
         auto until_had = [&](uint64_t page, uint64_t write) {
             for (;;) {
                 Touch touch{reinterpret_cast<volatile uint64_t*>(start + page * kPageSize), 8 * (who + 1), write};
@@ -93,7 +95,11 @@ void pages_that_fail_and_recover() {
                     return touch.own;
                 }
                 CHECK(failure.address - start < kLength && !failure.abandoned);
-                failed.fetch_add(1);
+                CHECK(copies || !failure.marked);
+                // As the kernel when it is asked to show a page once more, which may fail, too.
+                if (failed.fetch_add(1) % 3 == 0 && failure.marked) {
+                    continue_range(uffd, start + page * kPageSize, kPageSize, true);
+                }
             }
         };
         for (uint64_t page = 0; page < kPages; ++page) {
@@ -125,7 +131,7 @@ int main(int argc, char** argv) {
         std::printf("SKIPPED, NOT TESTED: real page faults (userfaultfd: %s)\n", strerror(-uffd));
     } else {
         close(uffd);
-        for (int i = 0; i < 5; ++i) pages_that_fail_and_recover();
+        for (int i = 0; i < 10; ++i) pages_that_fail_and_recover(i % 2);
     }
     std::puts("ok");
 }

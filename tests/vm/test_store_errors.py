@@ -123,6 +123,25 @@ def test_a_mark_from_an_access_of_others(client, path):
         os.close(write)
 
 
+def test_copies_outlive_the_failures_of_others(client, path):
+    # In a mapping of copies a mark is replaced by the kernel, never dropped, which could drop a copy.
+    content = bytearray(words(SIZE))
+    with client.open(path, "c", page_size=4 * PAGE) as mapping:
+        cut(path, 0)
+        with pytest.raises(vm.StoreError):
+            mapping[0]
+        mend(path)
+        for page in (3, 1, 0, 2):
+            mapping[page * PAGE] = content[page * PAGE] = 7
+        assert mapping[:] == content
+        with client.open(path, "c") as other:
+            cut(path, 6)
+            for page in (0, 10, 15):
+                with pytest.raises(vm.StoreError):
+                    other[page * PAGE : (page + 1) * PAGE] if page else other[:]
+            assert mapping[:] == content
+
+
 def test_many_threads_on_pages_that_fail_and_recover(client, path):
     # Everyone gets right bytes or an error, whatever the others do to the same pages; in private copies, no write of
     # anybody is lost.

@@ -45,8 +45,7 @@ std::optional<uint64_t> attempt(uint64_t start, uint64_t length, void (*touch)(v
 // since whoever waits for it needs the same answer. Leaves.
 std::mutex healing[64];
 
-// Takes the mark of failure off a page. Only a marked page may be dropped: of a private window it could be the only
-// copy of what another thread has written since it healed the page.
+// Takes the mark of failure off a page that all its writers share.
 void heal(uint64_t page) {
     std::lock_guard guard(healing[page / kPageSize % std::size(healing)]);
     auto probe = [](void* p) { (void)*static_cast<volatile const char*>(p); };
@@ -77,8 +76,10 @@ bool touch_guarded(const WindowRecord& window, uint64_t start, uint64_t length, 
         failure.address = *failed;
         failure.abandoned = window.abandoned->load(std::memory_order_relaxed);
         const uint64_t sequence = StatusPage::copy_reason(window.status, *failed, failure.reason);
-        heal(*failed & ~(kPageSize - 1));
-        if (failure.abandoned || sequence > before || tries == kTries) return false;
+        const bool stale = !failure.abandoned && sequence <= before;
+        failure.marked = stale && window.copies;
+        if (!window.copies) heal(*failed & ~(kPageSize - 1));
+        if (!stale || failure.marked || tries == kTries) return false;
     }
 }
 

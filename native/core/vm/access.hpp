@@ -17,12 +17,16 @@ namespace k42::vm {
 struct AccessFailure {
     uint64_t address = 0;
     bool abandoned = false;  // the kernel is gone, and none took over in time
+    bool marked = false;     // it failed at an earlier access, and the mark of that was not taken off
     char reason[sizeof(FailureRecord::reason)] = {};
 };
 
 // Runs touch(argument), which may touch [start, start + length) of the window, and nothing else that can fault. It is
 // run again where the page was only marked as failed from an earlier time. False, and the reason, where a page could
-// not be had: it is healed, so that the next access asks the kernel for it anew.
+// not be had. The mark is taken off, so that the next access asks the kernel for it anew; but not in a window of
+// copies: there the mark is the kernel's to replace, which has to be asked for it (`marked`). To drop it here could
+// drop a copy: between the look at the mark and the drop the kernel may replace it, for the fault of another thread
+// that was on its way before there was a mark, and that thread may write.
 bool touch_guarded(const WindowRecord& window, uint64_t start, uint64_t length, void (*touch)(void*), void* argument,
                    AccessFailure& failure);
 

@@ -142,8 +142,8 @@ void lead_bus_handlers() {
     install(SIGBUS, previous_bus);
 }
 
-WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, const std::string& name, const void* status,
-                          const std::atomic<bool>* abandoned) {
+WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, bool copies, const std::string& name,
+                          const void* status, const std::atomic<bool>* abandoned) {
     static std::once_flag once;
     std::call_once(once, [] {
         pthread_atfork([] { windows_lock.lock(); }, [] { windows_lock.unlock(); },
@@ -160,6 +160,7 @@ WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, const
     if (fresh) record = new WindowRecord;
     record->length = length;
     record->offset = offset;
+    record->copies = copies;
     record->status = status;
     record->abandoned = abandoned;
     record->owner = getpid();

@@ -25,7 +25,8 @@ struct WindowRecord {
     uint64_t offset = 0;                           // of the file, at `base`
     const void* status = nullptr;                  // the kernel's StatusPage, as mapped here
     const std::atomic<bool>* abandoned = nullptr;  // its connection's
-    pid_t owner = 0;                               // a forked child lists again what it has shown again
+    bool copies = false;  // pages written to are copies of this process's own, and in the window alone
+    pid_t owner = 0;      // a forked child lists again what it has shown again
     char name[160] = {};
     WindowRecord* next = nullptr;
 };
@@ -34,8 +35,8 @@ struct WindowRecord {
 void lead_bus_handlers();
 
 // Lists a window for the SIGBUS handler, which is put before the one that was there.
-WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, const std::string& name, const void* status,
-                          const std::atomic<bool>* abandoned);
+WindowRecord* list_window(uint64_t base, uint64_t length, uint64_t offset, bool copies, const std::string& name,
+                          const void* status, const std::atomic<bool>* abandoned);
 void unlist_window(WindowRecord* record);
 
 // Watches the connection to one kernel, in a thread of its own.

@@ -10,13 +10,19 @@ import operator
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, SupportsIndex, overload
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, overload
 
 from k42 import _native
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+_T = TypeVar("_T")
+
+# How often one access has pages shown again. More than one page of it may be marked; at a budget of few frames a page
+# may go before it is shown, and then comes a little later.
+_TRIES = 1000
 
 
 class MemoryFile(_native.Window):
@@ -30,19 +36,36 @@ class MemoryFile(_native.Window):
         """What to raise for an access that failed."""
         raise NotImplementedError
 
+    def _ask_again(self, offset: int) -> None:
+        """Has the kernel try to show this page once more, in place of the mark of an earlier failure."""
+        raise NotImplementedError
+
+    def _again(self, failure: _native.AccessFailed, call: Callable[..., _T], *args: Any) -> _T:
+        """Goes on with an access that failed: raises, or makes it again if that was due to an earlier failure."""
+        for _ in range(_TRIES):
+            offset, _, marked, _ = failure.args
+            if not marked:
+                break
+            self._ask_again(offset)
+            try:
+                return call(self, *args)
+            except _native.AccessFailed as next_failure:
+                failure = next_failure
+        raise self._failure(failure) from None
+
     def _get(self, start: int, count: int, step: int = 1) -> bytes:
         if count == 0:
             return b""
         try:
             return _native.copy_out(self, start, count, step)
         except _native.AccessFailed as failure:
-            raise self._failure(failure) from None
+            return self._again(failure, _native.copy_out, start, count, step)
 
     def _put(self, start: int, data: Buffer, step: int = 1) -> None:
         try:
             _native.copy_in(self, start, step, data)
         except _native.AccessFailed as failure:
-            raise self._failure(failure) from None
+            self._again(failure, _native.copy_in, start, step, data)
 
     def _refuse_writes(self) -> None:
         if not self._can_write:
@@ -126,7 +149,7 @@ class MemoryFile(_native.Window):
         try:
             return _native.find(self, sub, start, end, backwards)
         except _native.AccessFailed as failure:
-            raise self._failure(failure) from None
+            return self._again(failure, _native.find, sub, start, end, backwards)
 
     def _search(self, sub: Buffer, bounds: tuple[SupportsIndex, ...], *, backwards: bool) -> int:
         size = len(self)
@@ -276,7 +299,7 @@ class MemoryFile(_native.Window):
         try:
             _native.move_within(self, target, source, length)
         except _native.AccessFailed as failure:
-            raise self._failure(failure) from None
+            self._again(failure, _native.move_within, target, source, length)
 
 
 def to_word(value: SupportsIndex) -> int:

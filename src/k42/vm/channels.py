@@ -39,6 +39,9 @@ class Client(Protocol):
     def pins(self, region: int) -> Pins | None:
         """What is pinned through the region at this address."""
 
+    def show(self, region: int, page: int) -> None:
+        """Shows a page of the file where the region at this address does, as at a fault."""
+
     def cached(self, region: int) -> Cached | None:
         """What the region at this address shows."""
 
@@ -155,6 +158,13 @@ def _prefetch(fcm: FileCacheManager, client: Client, message: Message) -> Messag
     return {"resident": fcm.prefetch(*_range(fcm, message), client.pm)}
 
 
+def _show(fcm: FileCacheManager, client: Client, message: Message) -> Message:
+    page = int(message["page"])
+    fcm.prefetch(*_range(fcm, {"first": page, "count": 1}), client.pm)
+    client.show(int(message["region"]), page)
+    return {}
+
+
 def _resize(fcm: FileCacheManager, _: Client, message: Message) -> Message:
     fcm.resize(int(message["size"]))
     return {"size": fcm.fr().size()}
@@ -194,6 +204,7 @@ def _region_stat(fcm: FileCacheManager, client: Client, _: Message) -> Message:
 _WORK: dict[str, Callable[[FileCacheManager, Client, Message], Message]] = {
     "flush": _flush,
     "prefetch": _prefetch,
+    "show": _show,
     "resize": _resize,
     "pin": _pin,
     "unpin": _unpin,

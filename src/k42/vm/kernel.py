@@ -124,6 +124,15 @@ class _Client:
         mapped = self.regions.get(region)
         return mapped.pins if mapped else None
 
+    def show(self, region: int, page: int) -> None:
+        """Shows a page where the region at this address does, as at a fault; also where it is marked as failed."""
+        mapped = self.regions.get(region)
+        at = (page - mapped.record["first"]) * PAGE if mapped else 0
+        if mapped is None or not 0 <= at < mapped.size:
+            raise ProtocolError("no region shows this page")
+        for base, index in list(mapped.windows.items()):
+            self.process.handle_fault(Fault(index, base + at, mapped.start + at))
+
 
 class Kernel:
     """The objects and the threads of one kernel.

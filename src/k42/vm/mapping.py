@@ -263,7 +263,7 @@ class Mapping(MemoryFile):
     # Accesses that failed.
 
     def _failure(self, failure: _native.AccessFailed) -> Exception:
-        at, kernel_gone, reason = failure.args
+        at, kernel_gone, _, reason = failure.args
         if kernel_gone:
             return KernelUnavailable(
                 f"the kernel that served the mapping of {self.name} is gone and none took over: open it again"
@@ -280,6 +280,10 @@ class Mapping(MemoryFile):
             code = getattr(errno, match[1], None)
             reason = reason if code is None else reason[: match.start()]
         return StoreError(reason or "the page could not be had", url=self.name, offset=offset, errno=code)
+
+    def _ask_again(self, offset: int) -> None:
+        shown = self._shown
+        self._ask("show", page=(shown.offset + shown.delta + offset) // PAGE)
 
     # What is asked of the kernel.
 
