@@ -358,6 +358,28 @@ PyObject* unpin(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
+PyObject* pinned(PyObject* self, PyObject*) {
+    const auto pins = cache_of(self).pinned();
+    Ref list = Ref::steal(PyList_New(Py_ssize_t(pins.size())));
+    for (size_t i = 0; list && i < pins.size(); ++i) {
+        PyObject* pair = Py_BuildValue("(KI)", static_cast<unsigned long long>(pins[i].first), pins[i].second);
+        if (!pair) return nullptr;
+        PyList_SET_ITEM(list.get(), Py_ssize_t(i), pair);
+    }
+    return list.release();
+}
+
+PyObject* set_pins(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t page;
+    uint32_t count;
+    if (!unpack("set_pins", args, nargs, page, count) || !to_run(page, 1)) return nullptr;
+    {
+        Detached detached;
+        cache_of(self).set_pins(page, count);
+    }
+    Py_RETURN_NONE;
+}
+
 PyObject* set_marker(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     PyObject* hints;
     uint64_t id, page;
@@ -553,6 +575,8 @@ PyMethodDef methods[] = {
     {"resize", fast(resize), METH_FASTCALL, "resize(pages): faults behind the end fail from now on."},
     {"pin", fast(pin), METH_FASTCALL, "pin(first, count): keep these frames; False unless all are resident."},
     {"unpin", fast(unpin), METH_FASTCALL, "unpin(first, count): end one pin of each."},
+    {"pinned", pinned, METH_NOARGS, "(page, pins) of each that is pinned; after a take-over, as the journal says."},
+    {"set_pins", fast(set_pins), METH_FASTCALL, "set_pins(page, count): so often a resident page is pinned."},
     {"set_marker", fast(set_marker), METH_FASTCALL,
      "set_marker(hints, id, page): the fault that maps this page gives a hint, once."},
     {"read_from", fast(read_from), METH_FASTCALL,

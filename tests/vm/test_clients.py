@@ -10,12 +10,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vm_support import PAGE, file_counts, until, words
 
 from k42 import vm
+from k42.vm.fcm import SharedFCM
+from k42.vm.fr import FileFR
+from k42.vm.pins import Pins
+from k42.vm.pm import Backing, ProcessPM, SharedGlobalPM
 
 GREEDY = """
     socket, path, limit = sys.argv[1:]
@@ -266,6 +272,69 @@ def test_pins_of_a_killed_client_end(kernels, connect, script, folder, supervise
         assert bytes(mapping) == words(300 * PAGE, 1)
         assert file_counts(client, path)["resident"] < 40
     adds_up(client)
+
+
+def test_kernels_that_die_while_pages_are_pinned(kernels, connect, folder):
+    # Wherever the kernel was: each pin that was answered holds, each that ended holds nothing.
+    kernel = kernels(64 * PAGE, supervise=True)
+    client, watcher = connect(kernel), connect(kernel)
+    path, other = file_of(folder, 40, "file"), file_of(folder, 300, "other", 1)
+    mapping = client.open(path)
+    chance = random.Random(4)
+    for _ in range(8):
+        done = threading.Event()
+
+        def kill(after: float = chance.uniform(0, 0.05), pid: int = client.kernel_pid, done=done) -> None:
+            done.wait(after)
+            os.kill(pid, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        while killer.is_alive():
+            mapping.pin(0, 30 * PAGE)
+            mapping.unpin(PAGE, 20 * PAGE)
+            mapping.unpin(0, 30 * PAGE)
+        killer.join()
+        mapping.pin(5 * PAGE, 20 * PAGE)
+        with watcher.open(other) as scanned:
+            assert bytes(scanned) == words(300 * PAGE, 1)
+            assert file_counts(client, path)["resident"] >= 20
+            mapping.unpin()
+            assert bytes(scanned) == words(300 * PAGE, 1)
+            assert bytes(scanned) == words(300 * PAGE, 1)
+            assert file_counts(client, path)["resident"] < 20
+        adds_up(client)
+    assert bytes(mapping) == words(40 * PAGE)
+
+
+def test_a_request_that_two_kernels_hear_pins_once(folder):
+    path = file_of(folder, 12, "file")
+    global_pm = SharedGlobalPM.create(40)
+    global_pm.promise_file(global_pm.cluster())
+    pm = ProcessPM.create(global_pm)
+    fcm = SharedFCM.create(global_pm, FileFR.create(os.open(path, os.O_RDONLY), str(path)), Backing.FILE, 1)
+    told: list[Any] = []
+    pins = Pins(fcm, told.append)
+    pins.pin(0, 10, pm, 1)
+    pins.pin(5, 8, pm, 2)
+    for request, first, end in ((3, 0, 2), (3, 0, 2), (2, 5, 8), (1, 0, 10)):
+        pins = Pins(fcm, told.append)
+        pins.restore(told[-1])
+        assert pins.known() == Counter(dict(fcm.native().pinned()))
+        if request == 3:
+            pins.unpin(first, end, request)
+        else:
+            pins.pin(first, end, pm, request)
+    assert fcm.native().pinned() == [(page, 2 if page in range(5, 8) else 1) for page in range(2, 10)]
+    # What is pinned and belongs to nobody.
+    fcm.pin(0, 3, pm)
+    for page, _ in fcm.native().pinned():
+        fcm.native().set_pins(page, 1 if page == 2 else 0)
+    assert fcm.native().pinned() == [(2, 1)]
+    pins.close()
+    assert fcm.native().pinned() == []
+    assert fcm.give_back(12) == 10
+    fcm.close()
 
 
 # A child says what it has found by its exit status alone.

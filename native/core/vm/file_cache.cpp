@@ -942,6 +942,28 @@ void FileCache::unpin(Run run) {
     table_->unlock(pages, run.count);
 }
 
+std::vector<std::pair<uint64_t, uint32_t>> FileCache::pinned() {
+    std::lock_guard guard(pins_lock_);
+    return {pins_.begin(), pins_.end()};
+}
+
+void FileCache::set_pins(uint64_t page, uint32_t count) {
+    Page* descriptor;
+    table_->lock(page, 1, &descriptor);
+    if (descriptor->state() == PageState::resident) {
+        std::lock_guard guard(pins_lock_);
+        write_pins(page, count);
+        if (count) {
+            pins_[page] = count;
+            descriptor->set(Page::kPinned);
+        } else {
+            pins_.erase(page);
+            descriptor->clear(Page::kPinned);
+        }
+    }
+    table_->unlock(&descriptor, 1);
+}
+
 void FileCache::write_pins(uint64_t page, uint32_t count) {
     write_journal(page, uint8_t((journaled(page) & (kOnePin - 1)) | kOnePin * std::min(count, kMostPins)));
 }

@@ -170,6 +170,10 @@ class FileCache {
     // Keeps the frames of the run, all of which must be resident: false else. Pins count.
     bool pin(Run run);
     void unpin(Run run);
+    // The pages that are pinned, with how often; and to correct that after a take-over, when the journal says something
+    // else than those who pinned.
+    std::vector<std::pair<uint64_t, uint32_t>> pinned();
+    void set_pins(uint64_t page, uint32_t count);
 
     // How many resident pages stand on each account, and how many other descriptors there are: of pages in I/O, or that
     // are just coming or going, each with a frame or without.

@@ -8,8 +8,10 @@ waits for somebody else's. Ctrl-C during a request closes its channel.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from k42.vm import protocol
@@ -38,6 +40,7 @@ class Channels:
     _idle: list[socket.socket] = field(default_factory=list)
     _busy: set[socket.socket] = field(default_factory=set)
     _closed: bool = False
+    _numbers: Iterator[int] = field(default_factory=itertools.count)  # by which a repeated request is known
 
     def request(self, message: Message) -> Message:
         """A request and its reply; may take as long as it takes, and lets other threads run.
@@ -47,7 +50,7 @@ class Channels:
             StoreError, OutOfFrames, ValueError, Unsupported: what the kernel answered.
         """
         with self._turns:
-            reply = self._exchange(message)
+            reply = self._exchange(message | {"number": next(self._numbers)})
         if "error" in reply:
             raise protocol.to_error(reply)
         return reply
@@ -67,7 +70,7 @@ class Channels:
                 if not used and not self.supervised:
                     raise KernelUnavailable(f"the kernel has gone away during {message['op']}") from error
                 # It ended with a kernel that another takes over from, now or long ago. All that is asked for here
-                # may be done twice: a pin of ours too many ends with the mapping.
+                # may be done twice, but for pins, which know the number of the request.
             except BaseException:
                 self._drop(channel)  # its answer, if any, is nobody's
                 raise

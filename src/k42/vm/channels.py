@@ -178,12 +178,12 @@ def _pins(client: Client, message: Message) -> Pins:
 
 
 def _pin(fcm: FileCacheManager, client: Client, message: Message) -> Message:
-    _pins(client, message).pin(*_range(fcm, message), client.pm)
+    _pins(client, message).pin(*_range(fcm, message), client.pm, message.get("number"))
     return {}
 
 
 def _unpin(fcm: FileCacheManager, client: Client, message: Message) -> Message:
-    _pins(client, message).unpin(*_range(fcm, message))
+    _pins(client, message).unpin(*_range(fcm, message), message.get("number"))
     return {}
 
 

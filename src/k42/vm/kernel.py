@@ -412,6 +412,8 @@ class Kernel:
                 self._take_region_over(client, base, shown, caches[shown["cache"]])
             for index, descriptor in left.userfaultfds(client_id):
                 self._add_uffd(client, index, descriptor)
+        for cached in caches.values():
+            self._settle_pins(cached)
         left.forget_the_rest()
         self._ids = itertools.count(max(numbers) + 1)
         self._caches.let_unused_go()
@@ -425,6 +427,22 @@ class Kernel:
                 resumed = {"resumed": self._ledger.deaths, "pid": os.getpid()}
                 protocol.send(client.connection, resumed, flags=socket.MSG_DONTWAIT)
         log.info("took over %d clients and %d file caches", len(self._clients), len(caches))
+
+    def _settle_pins(self, cached: Cached) -> None:
+        """Pins that no region knows of were on their way when the kernel died: whoever asked for them asks again."""
+        cache = cached.fcm.native()
+        known: collections.Counter[int] = collections.Counter()
+        for client in self._clients.values():
+            for mapped in client.regions.values():
+                if mapped.cached is not cached:
+                    continue
+                pins = mapped.pins.known()
+                if pins is None:
+                    return
+                known.update(pins)
+        for page, pinned in cache.pinned():
+            if known[page] != pinned:
+                cache.set_pins(page, known[page])
 
     def _take_region_over(self, client: _Client, base: int, record: Message, cached: Cached) -> None:
         size, group = record["size"], record["group"]
@@ -733,7 +751,7 @@ class Kernel:
         return mapped if known and mapped is not None and mapped.record["request"] == message["id"] else None
 
     def _pins(self, client: _Client, base: int, cached: Cached) -> Pins:
-        return Pins(cached.fcm, lambda runs: self._ledger.tell(f"pins/{client.id}/{base}", runs))
+        return Pins(cached.fcm, lambda record: self._ledger.tell(f"pins/{client.id}/{base}", record))
 
     def _tell(self, client: _Client, mapped: _Mapped) -> None:
         """Has the next kernel know of a region and its windows."""

@@ -134,10 +134,10 @@ class Left:
         for (_, base), record, _ in self._take(f"region/{client}"):
             yield base, record
 
-    def pins(self, client: int, base: int) -> list[list[int]]:
-        """[first page, pages, pins] of each run of pages that a region had pinned."""
-        runs, _ = self._ledger.left.pop(f"pins/{client}/{base}", ([], []))
-        return list(runs or [])
+    def pins(self, client: int, base: int) -> Any:
+        """What the pins of a region had told; None: nothing."""
+        record, _ = self._ledger.left.pop(f"pins/{client}/{base}", (None, []))
+        return record
 
     def userfaultfds(self, client: int) -> Iterator[tuple[int, int]]:
         """(index of the CPU, descriptor) of each userfaultfd of a client."""
