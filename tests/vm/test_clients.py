@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from vm_support import PAGE, file_counts, until, words
 
-from k42 import vm
+from k42 import destroy, vm
 from k42.vm.fcm import SharedFCM
 from k42.vm.fr import FileFR
 from k42.vm.pins import Pins
@@ -335,6 +335,7 @@ def test_a_request_that_two_kernels_hear_pins_once(folder):
     assert fcm.native().pinned() == []
     assert fcm.give_back(12) == 10
     fcm.close()
+    destroy(fcm)
 
 
 # A child says what it has found by its exit status alone.
