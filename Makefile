@@ -47,7 +47,7 @@ types: $(VENV)/.lint $(VENV)/.built ## mypy, strict; and what pyright sees in re
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.docs $(VENV)/.built ## the reference pages, from the docstrings, in out/docs
-	$(BIN)/pdoc --docformat google --output-directory out/docs k42 k42.objects.processors k42.structures k42.vm k42.testing k42.experiments k42.sim.models
+	$(BIN)/pdoc --docformat google --output-directory out/docs k42 k42.objects.processors k42.structures k42.vm k42.testing k42.experiments k42.sim k42.sim.models
 
 core: $(SANITIZERS:%=core-%) ## the stress programs of tests/core under ThreadSanitizer and AddressSanitizer
 

@@ -1,0 +1,194 @@
+"""Caches that are kept coherent: the MESI protocol on a bus of finite bandwidth (Papamarcos and Patel 1984).
+
+Each processor has two levels of its own. A line is in the states M (one copy, which memory does not have), E (one copy)
+or S (copies that are alike); where it is in no cache there is no state. Who needs the bus waits for it, and for the
+transfer of the same line that is on its way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from k42.sim.machine import Cache, Machine
+
+
+@dataclasses.dataclass
+class Counts:
+    """What one processor's accesses came to."""
+
+    accesses: int = 0
+    hits: int = 0
+    memory: int = 0  # lines from memory
+    interventions: int = 0  # lines from another's cache
+    upgrades: int = 0  # other copies invalidated, of a line that was here
+    invalidated: int = 0  # copies that others took away
+    evicted: int = 0  # lines that had to make room
+    stalled: int = 0  # cycles beyond those of hits
+
+    @property
+    def misses(self) -> int:
+        """Accesses that needed the bus."""
+        return self.memory + self.interventions + self.upgrades
+
+
+class _Level:
+    """Which lines one level holds; the least recently used of a full set makes room."""
+
+    def __init__(self, cache: Cache, line: int) -> None:
+        self._ways = cache.ways
+        self._sets: list[dict[int, None]] = [{} for _ in range(cache.size // (line * cache.ways))]
+
+    def touch(self, line: int) -> bool:
+        """Whether it is here; then it is the most recently used."""
+        lines = self._sets[line % len(self._sets)]
+        if line not in lines:
+            return False
+        del lines[line]
+        lines[line] = None
+        return True
+
+    def insert(self, line: int) -> int | None:
+        """Put it here; returns the line that had to go."""
+        lines = self._sets[line % len(self._sets)]
+        victim = next(iter(lines)) if len(lines) == self._ways else None
+        if victim is not None:
+            del lines[victim]
+        lines[line] = None
+        return victim
+
+    def drop(self, line: int) -> None:
+        self._sets[line % len(self._sets)].pop(line, None)
+
+
+class Memory:
+    """The memory of one machine, as its processors see it.
+
+    Args:
+        machine: what accesses cost.
+        processors: how many take part.
+        check: verify the protocol's invariants after each access; slow.
+    """
+
+    def __init__(self, machine: Machine, processors: int, *, check: bool = False) -> None:
+        self._machine = machine
+        self._check = check
+        self._l1 = [_Level(machine.l1, machine.line) for _ in range(processors)]
+        self._l2 = [_Level(machine.l2, machine.line) for _ in range(processors)]
+        self._copies: dict[int, dict[int, str]] = {}  # line: {processor: M, E or S}
+        self._bus_free = 0
+        self._arrives: dict[int, int] = {}  # line: when the transfer of it that is on its way ends
+        self.counts = [Counts() for _ in range(processors)]
+
+    def is_local(self, processor: int, line: int, *, write: bool = False) -> bool:
+        """Whether the access needs nothing of anybody else."""
+        state = self._copies.get(line, {}).get(processor)
+        return state is not None and (state != "S" or not write)
+
+    def access(self, processor: int, line: int, now: int, *, write: bool = False) -> tuple[int, list[int]]:
+        """Make an access.
+
+        Args:
+            processor: whose.
+            line: which line.
+            now: when, in cycles. Accesses that are not local come in the order of their times.
+            write: whether it is a store.
+
+        Returns:
+            When it is done, and the processors that lost their copies by it.
+        """
+        counts = self.counts[processor]
+        counts.accesses += 1
+        if self.is_local(processor, line, write=write):
+            counts.hits += 1
+            if write:
+                self._copies[line][processor] = "M"
+            done = now + self._from_own(processor, line)
+            lost: list[int] = []
+        else:
+            done, lost = self._over_the_bus(processor, line, now, write=write)
+            counts.stalled += done - now
+        if self._check:
+            self.verify(line)
+        return done, lost
+
+    def _from_own(self, processor: int, line: int) -> int:
+        self._l2[processor].touch(line)
+        if self._l1[processor].touch(line):
+            return self._machine.l1.latency
+        self._l1[processor].insert(line)
+        return self._machine.l2.latency
+
+    def _over_the_bus(self, processor: int, line: int, now: int, *, write: bool) -> tuple[int, list[int]]:
+        machine, counts = self._machine, self.counts[processor]
+        copies = self._copies.setdefault(line, {})
+        others = [other for other in copies if other != processor]
+        start = max(now, self._bus_free, self._arrives.get(line, 0))
+        occupied = machine.bus_address + machine.bus_data
+        if processor in copies:
+            counts.upgrades += 1
+            latency, occupied = machine.upgrade, machine.bus_address
+        elif len(others) == 1 and copies[others[0]] != "S":
+            counts.interventions += 1
+            latency = machine.intervention
+        else:
+            counts.memory += 1
+            latency = machine.memory
+        self._bus_free = start + occupied
+        done = start + latency
+        lost: list[int] = []
+        if write:
+            for other in others:
+                self._take_from(other, line)
+            lost = others
+            state = "M"
+        else:
+            for other in others:
+                copies[other] = "S"
+            state = "S" if others else "E"
+        if processor in copies:
+            self._from_own(processor, line)
+        else:
+            self._hold(processor, line)
+        copies[processor] = state
+        if state != "S":
+            self._arrives[line] = done
+        return done, lost
+
+    def _take_from(self, processor: int, line: int) -> None:
+        del self._copies[line][processor]
+        self._l1[processor].drop(line)
+        self._l2[processor].drop(line)
+        self.counts[processor].invalidated += 1
+
+    def _hold(self, processor: int, line: int) -> None:
+        self._l1[processor].insert(line)
+        victim = self._l2[processor].insert(line)
+        if victim is None:
+            return
+        # What the second level does not hold, the first does not either. A line that memory does not have takes the
+        # bus on its way there.
+        self._l1[processor].drop(victim)
+        copies = self._copies[victim]
+        if copies.pop(processor) == "M":
+            self._bus_free += self._machine.bus_address + self._machine.bus_data
+        if not copies:
+            del self._copies[victim]
+        self.counts[processor].evicted += 1
+
+    def copies(self, line: int) -> dict[int, str]:
+        """Return who has a copy of a line, and in which state."""
+        return dict(self._copies.get(line, {}))
+
+    def verify(self, line: int) -> None:
+        """Check one line: one writer, or many readers.
+
+        Raises:
+            AssertionError: the protocol is broken.
+        """
+        copies = self._copies.get(line, {})
+        alone = [processor for processor, state in copies.items() if state in "ME"]
+        if alone and len(copies) > 1:
+            raise AssertionError(f"line {line} is alone at processor {alone[0]}, and in {len(copies)} caches")
+        for processor in copies:
+            if line not in self._l2[processor]._sets[line % len(self._l2[processor]._sets)]:
+                raise AssertionError(f"processor {processor} has line {line} in a state, and not in its cache")

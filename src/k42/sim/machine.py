@@ -1,0 +1,122 @@
+"""Descriptions of multiprocessors: what an access costs, and what is shared by whom. A machine is data."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from k42.errors import Error
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """One level of a processor's own caches.
+
+    Attributes:
+        size: in bytes.
+        ways: how many lines of one set it holds.
+        latency: of a hit, in cycles.
+    """
+
+    size: int
+    ways: int
+    latency: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """A multiprocessor whose caches are kept coherent by snooping on one bus. All times are in cycles.
+
+    Attributes:
+        name: what it is called.
+        processors: how many there are at most.
+        mhz: cycles in a microsecond.
+        line: bytes of a cache line.
+        l1: first level, for data.
+        l2: second level, which holds what the first holds.
+        memory: until a line comes from memory.
+        intervention: until a line comes from the cache of a processor that has it alone.
+        upgrade: until the other copies of a line that is written to are invalid.
+        bus_address: how long a transaction keeps the bus from others, without data.
+        bus_data: how much longer a line keeps it.
+        atomic: between the load and the store of an atomic change.
+        call: of a round trip to a server in another address space, on one processor.
+    """
+
+    name: str
+    processors: int
+    mhz: int
+    line: int
+    l1: Cache
+    l2: Cache
+    memory: int
+    intervention: int
+    upgrade: int
+    bus_address: int
+    bus_data: int
+    atomic: int
+    call: int
+
+    def __post_init__(self) -> None:
+        for level in ("l1", "l2"):
+            cache: Cache = getattr(self, level)
+            if cache.ways < 1 or cache.size < self.line * cache.ways or cache.size % (self.line * cache.ways):
+                raise Error(f"machine {self.name}: {level} is no whole number of sets of {cache.ways} lines")
+        for name in ("processors", "mhz", "line", "memory", "intervention", "upgrade", "bus_address"):
+            if getattr(self, name) < 1:
+                raise Error(f"machine {self.name}: {name} is at least 1")
+
+
+S85 = Machine(
+    name="s85",
+    processors=24,
+    mhz=600,
+    line=128,
+    l1=Cache(size=128 << 10, ways=2, latency=1),
+    l2=Cache(size=8 << 20, ways=4, latency=10),
+    memory=250,
+    intervention=300,
+    upgrade=100,
+    bus_address=10,
+    bus_data=20,
+    atomic=10,
+    call=1193,
+)
+"""The machine of the paper (section 5.1.1): IBM pSeries 680, 24 RS64-IV of 600 MHz, bus with distributed snooping,
+128 KB two-way first-level data cache with lines of 128 bytes; a call to a server takes 1193 cycles (section 1.1).
+
+Not in the paper: the second level's size, ways and latency; the latencies of memory and of other caches; the bus. They
+are estimates, chosen so that figure 1 comes out roughly: with 24 processors a call takes 19, 9 and 6 times as long
+(lock, atomic, array) where the paper has about 19, 12 and 6."""
+
+MACHINES = {machine.name: machine for machine in (S85,)}
+
+
+def load(name: str | Path) -> Machine:
+    """Return a machine by its name, or by the TOML file that describes it.
+
+    The file gives values for the attributes of `Machine`; with ``like = "s85"`` it gives those that differ.
+
+    Raises:
+        Error: there is no such machine or file, or it is not a machine's description.
+    """
+    if str(name) in MACHINES:
+        return MACHINES[str(name)]
+    path = Path(name)
+    if path.suffix != ".toml":
+        raise Error(f"there is no machine {str(name)!r}; there are {', '.join(MACHINES)}, or FILE.toml")
+    try:
+        with path.open("rb") as file:
+            described: dict[str, Any] = tomllib.load(file)
+        for level in ("l1", "l2"):
+            if level in described:
+                described[level] = Cache(**described[level])
+        like = described.pop("like", None)
+        described.setdefault("name", path.stem)
+        return Machine(**described) if like is None else dataclasses.replace(load(like), **described)
+    except OSError as error:
+        raise Error(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, TypeError) as error:
+        raise Error(f"{path} does not describe a machine: {error}") from error
