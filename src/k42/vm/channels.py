@@ -177,13 +177,19 @@ def _pins(client: Client, message: Message) -> Pins:
     return pins
 
 
+def _number(message: Message) -> int | None:
+    """By which a request is known that is made again."""
+    number = message.get("number")
+    return number if isinstance(number, int) and 0 <= number < 1 << 63 else None
+
+
 def _pin(fcm: FileCacheManager, client: Client, message: Message) -> Message:
-    _pins(client, message).pin(*_range(fcm, message), client.pm, message.get("number"))
+    _pins(client, message).pin(*_range(fcm, message), client.pm, _number(message))
     return {}
 
 
 def _unpin(fcm: FileCacheManager, client: Client, message: Message) -> Message:
-    _pins(client, message).unpin(*_range(fcm, message), message.get("number"))
+    _pins(client, message).unpin(*_range(fcm, message), _number(message))
     return {}
 
 

@@ -37,7 +37,7 @@ class Pins:
         self._lock = threading.Lock()  # protects all below, and the order of what is told; before the ledger's
         self._steps: Counter[int] = Counter()  # page: how many more pins it has than the one before
         self._closed = False
-        self._requests: collections.deque[object] = collections.deque(maxlen=_REMEMBERED)  # by number, the last ones
+        self._requests: collections.deque[int | None] = collections.deque(maxlen=_REMEMBERED)  # the last ones
 
     def restore(self, told: Any) -> None:
         """They were made through a kernel before, which told this; the pages are still pinned."""
@@ -49,7 +49,7 @@ class Pins:
             self._requests.extend(told["requests"])
             self._tell(self._record())
 
-    def pin(self, first: int, end: int, pm: PageManager, request: object = None) -> None:
+    def pin(self, first: int, end: int, pm: PageManager, request: int | None = None) -> None:
         """Keeps pages; see `FileCacheManager.pin`. A request that a kernel before has served is served once."""
         self._fcm.pin(first, end, pm)
         with self._lock:
@@ -63,7 +63,7 @@ class Pins:
         if not repeated:
             raise ProtocolError("the region went meanwhile")
 
-    def unpin(self, first: int, end: int, request: object = None) -> None:
+    def unpin(self, first: int, end: int, request: int | None = None) -> None:
         """Ends one pin of each page that has any from here; a request as of `pin`."""
         with self._lock:
             if request is not None and request in self._requests:
