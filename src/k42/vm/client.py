@@ -188,12 +188,11 @@ class Client:
             self._garbage.popleft()
 
     def _collect_if_free(self) -> None:
-        if self._garbage and self._lock.acquire(blocking=False):
-            try:
+        # Not acquire() without waiting: Ctrl-C right after it would leave the lock held for ever. `with` cannot.
+        if self._garbage and not self._lock.locked():
+            with self._lock:
                 if not self._closed:
                     self._collect()
-            finally:
-                self._lock.release()
 
     @contextlib.contextmanager
     def _taken_back(self, region: int, base: int) -> Iterator[None]:
@@ -207,7 +206,7 @@ class Client:
             raise
 
     def _drop(self, region: int, base: int) -> None:
-        """A window was garbage-collected. Never waits: the collector may run anywhere, even inside a request."""
+        """A window was garbage-collected: by a collector that may run anywhere, even inside a request of this thread."""
         self._garbage.append((region, base))
         self._collect_if_free()
 
