@@ -206,7 +206,7 @@ class Client:
             raise
 
     def _drop(self, region: int, base: int) -> None:
-        """A window was garbage-collected: by a collector that may run anywhere, even inside a request of this thread."""
+        """A window was garbage-collected: by a collector that may run anywhere, even in a request of this thread."""
         self._garbage.append((region, base))
         self._collect_if_free()
 
