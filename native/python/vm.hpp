@@ -41,6 +41,7 @@ struct AccountValue {
 };
 struct HintQueueValue {
     vm::HintQueue queue;
+    vm::Prefetcher prefetcher{queue};
 };
 struct FileCacheValue {
     FileCacheValue(Ref pool_, vm::FramePool* frames, int memfd, int journal, uint64_t pages, vm::Fill fill,
@@ -53,6 +54,7 @@ struct FileCacheValue {
     }
     Ref pool;
     Ref hints;
+    Ref read_ahead;  // the source's
     std::unique_ptr<vm::FileCache> owned;
     vm::FileCache& cache = *owned;
 };
@@ -82,6 +84,7 @@ struct VmTypes {
     PyTypeObject* frame_pool;
     PyTypeObject* file_cache;
     PyTypeObject* hint_queue;
+    PyTypeObject* read_ahead;
     PyTypeObject* hat;
     PyTypeObject* region;
 };

@@ -393,25 +393,29 @@ PyObject* set_marker(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 }
 
 PyObject* read_from(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    PyObject* read_ahead;
     PyObject* hints;
     int descriptor;
     uint64_t size, id;
     uint32_t cluster;
-    if (!unpack("read_from", args, nargs, descriptor, size, cluster, hints, id)) return nullptr;
+    if (!unpack("read_from", args, nargs, descriptor, size, cluster, read_ahead, hints, id)) return nullptr;
     FileCacheValue& value = Self::of(self);
     if (descriptor < 0 || cluster < 1 || cluster > vm::Source::kMostPages || value.cache.source()) {
         PyErr_SetString(PyExc_ValueError, "no descriptor, a cluster of too many pages, or it has a source already");
         return nullptr;
     }
-    if (vm::Source::may_hang(descriptor)) Py_RETURN_NONE;
-    vm::HintQueue* queue = nullptr;
+    vm::ReadAhead* const policy = checked<vm::ReadAhead>(read_ahead, vm_types.read_ahead);
+    if (!policy) return nullptr;
+    vm::Prefetcher* prefetcher = nullptr;
     if (hints != Py_None) {
         HintQueueValue* checked_hints = checked<HintQueueValue>(hints, vm_types.hint_queue);
         if (!checked_hints) return nullptr;
         value.keep(Ref::borrow(hints));
-        queue = &checked_hints->queue;
+        prefetcher = &checked_hints->prefetcher;
     }
-    value.cache.read_from(std::make_unique<vm::Source>(descriptor, size, cluster, queue, id));
+    if (vm::Source::may_hang(descriptor)) Py_RETURN_NONE;
+    value.read_ahead = Ref::borrow(read_ahead);
+    value.cache.read_from(std::make_unique<vm::Source>(descriptor, size, cluster, *policy, prefetcher, id));
     Py_RETURN_NONE;
 }
 
@@ -438,16 +442,6 @@ PyObject* source_size(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     uint64_t size;
     if (!unpack("source_size", args, nargs, size)) return nullptr;
     return with_source(self, [&](vm::Source& source) { source.resize(size); });
-}
-
-PyObject* advise_source(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
-    uint32_t pattern;
-    if (!unpack("advise_source", args, nargs, pattern)) return nullptr;
-    if (pattern > uint32_t(vm::Source::Pattern::random)) {
-        PyErr_SetString(PyExc_ValueError, "no such pattern");
-        return nullptr;
-    }
-    return with_source(self, [&](vm::Source& source) { source.advise(vm::Source::Pattern(pattern)); });
 }
 
 PyObject* writing_source(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
@@ -505,9 +499,10 @@ PyObject* detach(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
 
 PyObject* counts(PyObject* self, PyObject*) {
     const vm::FileCache::Counts c = cache_of(self).counts();
-    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsK}", "mapped", c.mapped, "zero_filled", c.zero_filled, "filled",
+    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsKsK}", "mapped", c.mapped, "zero_filled", c.zero_filled, "filled",
                          c.filled, "queued", c.queued, "evicted", c.evicted, "dirtied", c.dirtied, "written", c.written,
-                         "probed", c.probed, "rescued", c.rescued, "resident", c.resident, "dirty", c.dirty);
+                         "probed", c.probed, "rescued", c.rescued, "read_ahead", c.read_ahead, "resident", c.resident,
+                         "dirty", c.dirty);
 }
 
 PyObject* memfd(PyObject* self, PyObject*) { return PyLong_FromLong(cache_of(self).memfd()); }
@@ -580,15 +575,13 @@ PyMethodDef methods[] = {
     {"set_marker", fast(set_marker), METH_FASTCALL,
      "set_marker(hints, id, page): the fault that maps this page gives a hint, once."},
     {"read_from", fast(read_from), METH_FASTCALL,
-     "read_from(descriptor, size, cluster, hints, id): absent pages are read by native threads, `cluster` at once; "
-     "misses that follow each other are told to the HintQueue, if not None, under the id."},
+     "read_from(descriptor, size, cluster, read_ahead, hints, id): absent pages are read by native threads, `cluster` "
+     "at once; and ahead by those of the HintQueue, if not None, which tells Python of the rest under the id."},
     {"read_in", fast(read_in), METH_FASTCALL,
      "read_in(first, end, owner): bring in absent pages natively, on an account; where that ended: the rest, if any, "
      "is the FR's."},
     {"source_size", fast(source_size), METH_FASTCALL,
      "source_size(size): the file has so many bytes; 0: we change its length, and native threads read nothing."},
-    {"advise_source", fast(advise_source), METH_FASTCALL,
-     "advise_source(pattern): how the file will be read: 0 normal, 1 sequential, 2 random."},
     {"writing_source", fast(writing_source), METH_FASTCALL,
      "writing_source(begins): a write to the file begins, or ends: by us, not by others."},
     {"drain_source", drain_source, METH_NOARGS,
@@ -635,18 +628,22 @@ PyObject* next_hint(PyObject* self, PyObject*) {
         hint = SelfHints::of(self).queue.next();
     }
     if (!hint) Py_RETURN_NONE;
-    return Py_BuildValue("(KKKI)", hint->id, hint->page, hint->client, hint->missed);
+    return Py_BuildValue("(KKKI)", hint->id, hint->page, hint->client, hint->count);
 }
 
 PyObject* close_hints(PyObject* self, PyObject*) {
     SelfHints::of(self).queue.close();
+    Detached detached;
+    SelfHints::of(self).prefetcher.stop();
     Py_RETURN_NONE;
 }
 
 PyMethodDef hint_methods[] = {
     {"next", next_hint, METH_NOARGS,
-     "Wait for a hint: (id, page, client, pages that were absent or 0); None once it is closed."},
-    {"close", close_hints, METH_NOARGS, "Let next() return None from now on."},
+     "Wait for a hint: (id, page, client, 0), of a page that bears a marker, or with how many pages from there on are "
+     "to "
+     "be brought in; None once it is closed."},
+    {"close", close_hints, METH_NOARGS, "Let next() return None from now on, and end the threads that read ahead."},
     {nullptr, nullptr, 0, nullptr},
 };
 PyType_Slot hint_slots[] = {
@@ -659,12 +656,79 @@ PyType_Slot hint_slots[] = {
 PyType_Spec hint_spec = {"k42._native.HintQueue", sizeof(SelfHints), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
                          hint_slots};
 
+using SelfReadAhead = Holder<vm::ReadAhead>;
+using Pattern = vm::ReadAhead::Pattern;
+
+PyObject* make_read_ahead(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+    uint64_t pages, limit, least;
+    if (!unpack_new("ReadAhead", args, kwargs, pages, limit, least)) return nullptr;
+    return SelfReadAhead::make(type, pages, limit, least);
+}
+
+PyObject* ahead_or_none(const std::optional<vm::ReadAhead::Ahead>& ahead) {
+    if (!ahead) Py_RETURN_NONE;
+    return Py_BuildValue("(KKK)", ahead->first, ahead->count, ahead->marker);
+}
+
+PyObject* missed(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t first, count;
+    if (!unpack("missed", args, nargs, first, count)) return nullptr;
+    return ahead_or_none(SelfReadAhead::of(self).missed(first, count));
+}
+
+PyObject* touched(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t page;
+    if (!unpack("touched", args, nargs, page)) return nullptr;
+    return ahead_or_none(SelfReadAhead::of(self).touched(page));
+}
+
+PyObject* advise(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint32_t pattern;
+    if (!unpack("advise", args, nargs, pattern)) return nullptr;
+    if (pattern > uint32_t(Pattern::random)) {
+        PyErr_SetString(PyExc_ValueError, "no such pattern");
+        return nullptr;
+    }
+    SelfReadAhead::of(self).advise(Pattern(pattern));
+    Py_RETURN_NONE;
+}
+
+PyObject* pattern(PyObject* self, PyObject*) { return PyLong_FromLong(long(SelfReadAhead::of(self).pattern())); }
+
+PyObject* resize_read_ahead(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+    uint64_t pages;
+    if (!unpack("resize", args, nargs, pages)) return nullptr;
+    SelfReadAhead::of(self).resize(pages);
+    Py_RETURN_NONE;
+}
+
+PyMethodDef read_ahead_methods[] = {
+    {"missed", fast(missed), METH_FASTCALL,
+     "missed(first, count): a fault brings absent pages in; (first, pages, marker) to read ahead, or None."},
+    {"touched", fast(touched), METH_FASTCALL,
+     "touched(page): a page with a marker was touched; (first, pages, marker) to read next, or None."},
+    {"advise", fast(advise), METH_FASTCALL, "advise(pattern): it will be read so: 0 normal, 1 sequential, 2 random."},
+    {"pattern", pattern, METH_NOARGS, "What was advised last."},
+    {"resize", fast(resize_read_ahead), METH_FASTCALL, "resize(pages): the file has so many pages now."},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyType_Slot read_ahead_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(make_read_ahead)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(SelfReadAhead::dealloc)},
+    {Py_tp_methods, read_ahead_methods},
+    {Py_tp_doc, const_cast<char*>("ReadAhead(pages, limit, least, /)\n\nThe policy of read-ahead of one file.")},
+    {0, nullptr},
+};
+PyType_Spec read_ahead_spec = {"k42._native.ReadAhead", sizeof(SelfReadAhead), 0,
+                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, read_ahead_slots};
+
 }  // namespace
 
 int add_file_cache(PyObject* module) {
     vm_types.file_cache = add_type(module, &spec);
     vm_types.hint_queue = add_type(module, &hint_spec);
-    return vm_types.file_cache && vm_types.hint_queue ? 0 : -1;
+    vm_types.read_ahead = add_type(module, &read_ahead_spec);
+    return vm_types.file_cache && vm_types.hint_queue && vm_types.read_ahead ? 0 : -1;
 }
 
 }  // namespace k42::edge

@@ -774,7 +774,9 @@ void real_file_read_natively(uint64_t budget, int reads) {
     const Memory file(kPages);
     for (uint64_t page = 0; page < kPages; ++page) file.fill(page);
     HintQueue hints;
-    auto made = std::make_unique<Source>(file.fd(), kPages * kPageSize, 4, &hints, 7);
+    Prefetcher prefetcher(hints);
+    ReadAhead read_ahead(kPages, 64, 4);
+    auto made = std::make_unique<Source>(file.fd(), kPages * kPageSize, 4, read_ahead, &prefetcher, 7);
     Source& source = *made;
     RealWorld world(budget, kPages, 1, Fill::store, Backing::file, true, std::move(made));
     std::vector<std::thread> workers;
@@ -801,7 +803,7 @@ void real_file_read_natively(uint64_t budget, int reads) {
                 const uint64_t reached = read_in(world.cache, first, end, 0);
                 CHECK(reached >= first && reached <= end);
             } else {
-                source.advise(Source::Pattern(random.below(3)));
+                read_ahead.advise(Source::Pattern(random.below(3)));
                 source.resize(0);
                 source.resize(kPages * kPageSize);
                 source.begin_write();
@@ -812,7 +814,7 @@ void real_file_read_natively(uint64_t budget, int reads) {
         }
         if (who >= kReaders) return;
         for (int i = 0; i < reads; ++i) {
-            const uint64_t page = random.below(kPages);
+            const uint64_t page = who % 2 ? random.below(kPages) : uint64_t(i) % kPages;  // half of them read ahead
             const unsigned char* window = world.windows[random.below(world.windows.size())];
             const auto* words = reinterpret_cast<const volatile uint64_t*>(window + page * kPageSize);
             for (uint64_t k = 0; k < kPageSize / 8; k += 64) CHECK_EQUAL(words[k], pattern(page, k * 8));
@@ -899,17 +901,20 @@ void real_file(uint64_t budget, uint32_t group, int reads) {
 void real_unmap(Fill fill) {
     begin("real_unmap");
     const Memory file(256);
+    HintQueue hints;
+    Prefetcher prefetcher(hints);
     for (int round = 0; round < 8; ++round) {
         RegionMap regions;
         FramePool pool(256);
         Memory memory(256);
+        ReadAhead read_ahead(256, 64, 4);
         const std::vector<int> cpus = machine_cpus();
         auto* hat = new UffdHat(1, &regions, int(cpus.size()), StatusPage::create(), CommandRing::create());
         Engine engine(cpus, true, true);
         auto cache = std::make_unique<FileCache>(&pool, memory.another_fd(), make_journal(256), 256, fill,
                                                  Backing::overcommitted, Policy::fifo, int(cpus.size()));
         if (fill == Fill::store) {
-            cache->read_from(std::make_unique<Source>(file.fd(), 256 * kPageSize, 16, nullptr, 0));
+            cache->read_from(std::make_unique<Source>(file.fd(), 256 * kPageSize, 16, read_ahead, &prefetcher, 0));
         }
         engine.start();
         constexpr uint64_t kLength = 256 * kPageSize;
@@ -938,7 +943,9 @@ void real_unmap(Fill fill) {
                 Memory scratch(1);
                 for (;;) {
                     const unsigned char* window = windows[random.below(windows.size())];
-                    const unsigned char* at = window + random.below(256) * kPageSize;
+                    // One of them in order, so that there is read-ahead.
+                    const uint64_t page = who ? random.below(256) : uint64_t(touches.load()) % 256;
+                    const unsigned char* at = window + page * kPageSize;
                     const ssize_t size = pwrite(scratch.fd(), at, 8, 0);
                     if (size != 8) {
                         CHECK(size < 0 && errno == EFAULT);

@@ -375,6 +375,31 @@ def test_fault_around(client, folder):
                     assert other[page * PAGE] >= 0
                 faults[around] = mapping.stats()["mapped"] - before
     assert faults == {PAGE: 256, 16 * PAGE: 16, 64 * PAGE: 4}
+
+
+def test_more_is_mapped_where_accesses_go_on(client, folder):
+    path = folder / "file"
+    pages = 4096
+    path.write_bytes(bytes(pages * PAGE))
+    with client.open(path) as mapping:
+        mapping.prefetch()
+
+        def faults(order):
+            with client.open(path) as other:
+                before = mapping.stats()["mapped"]
+                for page in order:
+                    assert other[page * PAGE] == 0
+                return mapping.stats()["mapped"] - before
+
+        # 16, 32, 64 … pages: and 512 at last. A thread that comes to another CPU begins anew.
+        assert faults(range(pages)) < 8 + 2 * pages // 512
+        assert faults(range(0, pages, 16)) < 8 + 2 * pages // 512
+        assert faults(range(pages - 1, -1, -1)) == pages // 16  # backwards: as much as always
+
+
+def test_fault_around_is_refused(client, folder):
+    path = folder / "file"
+    path.write_bytes(words(PAGE))
     for wrong in (0, 1000, 3 * PAGE, 4 << 20):
         with pytest.raises(ValueError, match="fault_around"):
             client.open(path, fault_around=wrong)

@@ -232,15 +232,13 @@ bool Engine::handle(FaultAt fault, std::optional<uint64_t> canonical, ReadJob* j
     }
     const uint64_t page = region.page_at(*canonical);
     const Region::Group group = region.group_of(page);
-    const Region::Group around = region.around_of(page);
     fault.tracked = region.tracked.load(std::memory_order_relaxed);
     FileCache& cache = *region.cache;
-    const auto resolve = [&] {
-        return cache.resolve(fault, page, {group.first, group.count}, {around.first, around.count});
-    };
+    const FileCache::Run around = cache.widened(fault.cpu, page, region);
+    const auto resolve = [&] { return cache.resolve(fault, page, {group.first, group.count}, around); };
     Outcome outcome = resolve();
     if (outcome == Outcome::absent && job && cache.source() && group.count <= Source::kMostPages) {
-        if (const FileCache::Run run = cache.begin_read(page, {group.first, group.count}, fault.hat->id()); run.count) {
+        if (const FileCache::Run run = cache.begin_read(page, {group.first, group.count}, *fault.hat); run.count) {
             fault.hat->retain();
             *job = {&cache, fault, *canonical, page, run};
             outcome = Outcome::queued;  // for the end of its own read

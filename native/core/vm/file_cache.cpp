@@ -155,7 +155,22 @@ bool FileCache::spared(const Page& page, uint32_t whose, uint64_t going) const {
     return pool_->accounts().excess(page.owner()) <= going;
 }
 
-void FileCache::give_hint(const FaultAt& fault, Run mapped) {
+FileCache::Run FileCache::widened(int cpu, uint64_t page, const Region& region) {
+    const Region::Group around = region.around_of(page);
+    if (!region.widens) return {around.first, around.count};
+    CpuCounts& counts = cpu_counts_[cpu];
+    const bool goes_on = counts.next.load(std::memory_order_relaxed) == page;
+    const uint32_t before = goes_on ? counts.reach.load(std::memory_order_relaxed) : 0;
+    const uint32_t reach = std::min(std::max(2 * before, around.count), kMaxGroup);
+    counts.reach.store(reach, std::memory_order_relaxed);
+    if (reach <= around.count) return {around.first, around.count};
+    const Region::Group ahead = region.ahead_of(page, reach);
+    return {ahead.first, ahead.count};
+}
+
+// A fault maps these resident pages: gives the hints of read-ahead.
+void FileCache::note_mapped(const FaultAt& fault, Run mapped) {
+    cpu_counts_[fault.cpu].next.store(mapped.first + mapped.count, std::memory_order_relaxed);
     // Acquire: pairs with the release in set_marker(), after which the page, the queue and the number are there.
     for (uint32_t left = markers_.set.load(std::memory_order_acquire); left != 0; left &= left - 1) {
         const int slot = std::countr_zero(left);
@@ -165,7 +180,10 @@ void FileCache::give_hint(const FaultAt& fault, Run mapped) {
         // reader comes to a page that is absent, and is read ahead for again.
         const uint32_t bit = 1u << slot;
         if (!(markers_.set.fetch_and(~bit, std::memory_order_acq_rel) & bit)) continue;
-        if (source_) source_->followed();
+        if (source_) {
+            source_->touched(*this, page, *fault.hat);
+            continue;
+        }
         const uint64_t id = markers_.id.load(std::memory_order_relaxed);
         markers_.hints.load(std::memory_order_relaxed)->push({id, page, fault.hat->id()});
     }
@@ -252,7 +270,7 @@ Outcome FileCache::resolve_resident(const FaultAt& fault, Page* page, Run around
     note_use(fault, pages, run.count);
     adopt(fault, pages, run.count);
     const Run mapped = shared && writable && fault.tracked ? Run{page->index, 1} : run;
-    give_hint(fault, mapped);
+    note_mapped(fault, mapped);
     const Outcome outcome = map_run(fault, page->index, mapped, writable);
     if (outcome == Outcome::mapped && !shared) table_->copy(pages, run.count);
     table_->unlock(pages, run.count);
@@ -265,7 +283,7 @@ Outcome FileCache::resolve(const FaultAt& fault, uint64_t page, Run group, Run a
             table_->hold(page, around.first, around.count, fault.write && fault.tracked, cpu_bit(fault.cpu));
         held.count) {
         cpu_counts_[fault.cpu].mapped.fetch_add(1, std::memory_order_relaxed);
-        give_hint(fault, {held.first, held.count});
+        note_mapped(fault, {held.first, held.count});
         const Outcome outcome = map_run(fault, page, {held.first, held.count}, !fault.tracked || held.dirty);
         table_->release(held);
         return outcome;
@@ -1007,12 +1025,12 @@ uint64_t FileCache::restore() {
 
 void FileCache::read_from(std::unique_ptr<Source> source) { source_ = std::move(source); }
 
-FileCache::Run FileCache::begin_read(uint64_t page, Run group, uint64_t client) {
+FileCache::Run FileCache::begin_read(uint64_t page, Run group, Hat& client) {
     Run within = source_->around(page, group);
     within.count = uint32_t(std::min<uint64_t>(within.count, std::max(pages(), page + 1) - within.first));
     source_->begin();
     const Run run = begin_io(page, within);
-    run.count ? source_->missed(run, client) : source_->end();
+    run.count ? source_->missed(*this, run, client) : source_->end();
     return run;
 }
 
@@ -1055,6 +1073,7 @@ FileCache::Counts FileCache::counts() const {
         sum.dirtied += cpu.dirtied.load(std::memory_order_relaxed);
     }
     sum.filled += prefetched_.load(std::memory_order_relaxed);
+    sum.read_ahead = source_ ? source_->pages_ahead() : 0;
     sum.resident = sum.zero_filled + sum.filled - sum.evicted;
     sum.dirty = sum.dirtied + prefilled_dirty_.load(std::memory_order_relaxed) - cleaned;
     return sum;

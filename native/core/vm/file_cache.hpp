@@ -80,6 +80,7 @@ class FileCache {
         uint64_t written;      // pages written back
         uint64_t probed;       // pages unmapped softly, to see whether they are used
         uint64_t rescued;      // pages not evicted because they were used
+        uint64_t read_ahead;   // pages that native threads read ahead
         uint64_t resident;     // pages now
         uint64_t dirty;        // pages now, those being written included
     };
@@ -100,6 +101,10 @@ class FileCache {
     // the absent one within `group`, which is part of `around`. Never blocks on more than descriptors that are held for
     // moments.
     Outcome resolve(const FaultAt& fault, uint64_t page, Run group, Run around);
+
+    // How many pages to map for a fault that `region` takes with its `around`: twice as many as the last time where
+    // faults of one CPU go on where the last one's pages ended.
+    Run widened(int cpu, uint64_t page, const Region& region);
 
     // Marks the absent run around `page` within the range as in I/O for the caller; {_, 0} when `page` is not absent.
     Run begin_io(uint64_t page, Run within);
@@ -198,10 +203,10 @@ class FileCache {
     // Absent pages are read by native threads from now on. Before any region shows the file.
     void read_from(std::unique_ptr<Source> source);
     Source* source() const { return source_.get(); }
-    // For such a thread: marks the absent run around `page` that is to be read at once as in I/O, for a fault of
-    // this client (the HAT's number) that needs `group`. {_, 0}: there is none now. Inside the gate of a region;
-    // Source::end() when all is done.
-    Run begin_read(uint64_t page, Run group, uint64_t client);
+    // For such a thread: marks the absent run around `page` that is to be read at once as in I/O, for a fault of this
+    // client that needs `group`. {_, 0}: there is none now. Inside the gate of a region; Source::end() when all is
+    // done.
+    Run begin_read(uint64_t page, Run group, Hat& client);
 
     // Makes the page table replicated, or shared again, while faults come. False, and nothing changed, for a
     // partitioned one.
@@ -232,6 +237,9 @@ class FileCache {
     // Of the faults of one CPU.
     struct alignas(runtime::apart) CpuCounts {
         std::atomic<uint64_t> mapped{0}, zero_filled{0}, filled{0}, queued{0}, dirtied{0};
+        // Of resident pages: where those ended that were mapped last, and how many were to be mapped.
+        std::atomic<uint64_t> next{0};
+        std::atomic<uint32_t> reach{0};
     };
 
     // Bits of the journal.
@@ -251,7 +259,7 @@ class FileCache {
     void note_use(const FaultAt& fault, Page** pages, uint32_t count) const;
     void adopt(const FaultAt& fault, Page** pages, uint32_t count);
     bool spared(const Page& page, uint32_t whose, uint64_t going) const;
-    void give_hint(const FaultAt& fault, Run mapped);
+    void note_mapped(const FaultAt& fault, Run mapped);
     Writing begin_write_locked(Run within, Page** pages);
     // Evicts this run of locked pages, clean or not; their frames are the pool's again.
     void drop(Run run, Page** pages);

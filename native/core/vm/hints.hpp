@@ -1,5 +1,5 @@
-// Hints of the fault path to Python: a fault came to the place where the next read-ahead is due. Losing one costs time,
-// never a byte, so a full queue drops.
+// Hints to Python: a fault came to the place where the next read-ahead is due, or native read-ahead found no frames.
+// Losing one costs time, never a byte, so a full queue drops.
 #pragma once
 
 #include <condition_variable>
@@ -11,10 +11,10 @@
 namespace k42::vm {
 
 struct Hint {
-    uint64_t id;          // whose, as set_marker() was told
-    uint64_t page;        // that was touched
-    uint64_t client;      // by whom: the HAT's number
-    uint32_t missed = 0;  // pages from there on that were absent; 0: it bears the marker, and was there
+    uint64_t id;         // whose, as set_marker() was told
+    uint64_t page;       // that was touched, and bears the marker
+    uint64_t client;     // by whom: the HAT's number
+    uint32_t count = 0;  // not 0: so many pages from there on are to be brought in
 };
 
 class HintQueue {

@@ -139,9 +139,14 @@ bool Source::fill(int memfd, uint64_t first, uint32_t count) const {
     return before == after || (writes & 1) || writes != this->writes();
 }
 
-void Source::tell(Recent& miss, uint64_t client) const {
-    if (hints_ && !miss.told) hints_->push({id_, miss.first, client, miss.count});
+void Source::tell(FileCache& cache, Recent& miss, Hat& client) {
+    if (prefetcher_ && !miss.told) prefetcher_->push(cache, miss.first, miss.count, client);
     miss.told = true;
+}
+
+void Source::touched(FileCache& cache, uint64_t page, Hat& client) {
+    strays_.store(0, std::memory_order_relaxed);
+    if (prefetcher_) prefetcher_->push(cache, page, 0, client);
 }
 
 Source::Recent* Source::near(uint64_t page) {
@@ -171,7 +176,7 @@ PageTable::Run Source::around(uint64_t page, PageTable::Run group) {
     return {first, uint32_t(std::min<uint64_t>(end - first, kMostPages))};
 }
 
-void Source::missed(PageTable::Run run, uint64_t client) {
+void Source::missed(FileCache& cache, PageTable::Run run, Hat& client) {
     const Pattern pattern = this->pattern();
     if (pattern == Pattern::random) return;
     Recent miss{run.first, run.count};
@@ -180,14 +185,14 @@ void Source::missed(PageTable::Run run, uint64_t client) {
     Recent* const recent = near(run.first);
     if (!recent) {
         strays_.store(std::min(strays + 1, kManyStrays), std::memory_order_relaxed);
-        if (pattern == Pattern::sequential) tell(miss, client);
+        if (pattern == Pattern::sequential) tell(cache, miss, client);
         recent_[next_++ % recent_.size()] = miss;
         return;
     }
     strays_.store(strays - std::min(strays, kNear), std::memory_order_relaxed);
     if (run.first >= recent->first) {
-        tell(*recent, client);
-        tell(miss, client);
+        tell(cache, *recent, client);
+        tell(cache, miss, client);
     }
     *recent = miss;
 }
@@ -319,6 +324,83 @@ bool Reader::read(const ReadJob& job) {
         fault.hat->wake(fault.cpu, fault.address, kPageSize);
     }
     return true;
+}
+
+void Prefetcher::push(FileCache& cache, uint64_t page, uint32_t missed, Hat& client) {
+    {
+        std::lock_guard guard(lock_);
+        if (stopped_ || jobs_.size() >= kMostJobs) return;
+        jobs_.push_back({&cache, &client, page, missed});
+        if (jobs_.size() > idle_ && threads_.size() < kThreads) {
+            try {
+                threads_.emplace_back([this] { serve(); });
+            } catch (const std::system_error&) {
+                if (threads_.empty()) return jobs_.pop_back();
+            }
+        }
+        client.retain();
+        cache.source()->begin();
+    }
+    filled_.notify_one();
+}
+
+void Prefetcher::stop() {
+    std::vector<std::thread> threads;
+    {
+        std::lock_guard guard(lock_);
+        stopped_ = true;
+        threads.swap(threads_);
+    }
+    filled_.notify_all();
+    for (std::thread& thread : threads) thread.join();
+    for (const Job& job : jobs_) let_go(job);  // nobody pushes any more
+    jobs_.clear();
+}
+
+void Prefetcher::serve() {
+    pthread_setname_np(pthread_self(), "k42-read-ahead");
+    std::unique_lock guard(lock_);
+    for (;;) {
+        std::deque<Job>::iterator next;
+        ++idle_;
+        filled_.wait(guard, [&] {
+            next = std::find_if(jobs_.begin(), jobs_.end(),
+                                [](const Job& job) { return !job.cache->source()->reading_ahead_; });
+            return stopped_ || next != jobs_.end();
+        });
+        --idle_;
+        if (stopped_) return;
+        const Job job = *next;
+        jobs_.erase(next);
+        bool& reading = job.cache->source()->reading_ahead_;
+        reading = true;
+        guard.unlock();
+        read(job);
+        guard.lock();
+        reading = false;
+        if (!jobs_.empty()) filled_.notify_one();  // one for this file could not be taken before
+        guard.unlock();
+        let_go(job);
+        guard.lock();
+    }
+}
+
+void Prefetcher::read(const Job& job) {
+    FileCache& cache = *job.cache;
+    Source& source = *cache.source();
+    ReadAhead& policy = source.read_ahead_;
+    const auto ahead = job.missed ? policy.missed(job.page, job.missed) : policy.touched(job.page);
+    if (!ahead) return;
+    cache.set_marker(&rest_, source.id_, ahead->marker);
+    const uint64_t end = std::min(ahead->first + ahead->count, cache.pages());
+    const uint64_t reached = read_in(cache, ahead->first, end, job.client->account());
+    source.pages_ahead_.fetch_add(reached - ahead->first, std::memory_order_relaxed);
+    if (reached < end) rest_.push({source.id_, reached, job.client->id(), uint32_t(end - reached)});
+}
+
+void Prefetcher::let_go(const Job& job) {
+    job.cache->source()->end();
+    job.client->release();
 }
 
 }  // namespace k42::vm

@@ -18,21 +18,29 @@
 #include <vector>
 
 #include "vm/file_cache.hpp"
+#include "vm/read_ahead.hpp"
 
 namespace k42::vm {
+
+class Prefetcher;
 
 // A local file from which pages are filled by pread(), and what must be known of it to do so.
 class Source {
   public:
     static constexpr uint32_t kMostPages = 64;  // of a run: 256 KiB; what is larger pays Python's O_DIRECT
 
-    // How it will be read, as a client advises: see Advice in src/k42/vm/readahead.py.
-    enum class Pattern : uint8_t { normal, sequential, random };
+    using Pattern = ReadAhead::Pattern;
 
     // `descriptor`: stays its owner's, which closes it after drain(). `size`: of the file, in bytes. `cluster`: pages
-    // to read at once. Misses that follow each other are told to `hints`, if there are any, under `id`.
-    Source(int descriptor, uint64_t size, uint32_t cluster, HintQueue* hints, uint64_t id)
-        : descriptor_(descriptor), size_(size), cluster_(cluster), hints_(hints), id_(id) {}
+    // to read at once. `read_ahead`: knows how the file is read, and what to read ahead, which `prefetcher` does; or
+    // nobody, without one. `id`: of the FCM, for what is left to Python.
+    Source(int descriptor, uint64_t size, uint32_t cluster, ReadAhead& read_ahead, Prefetcher* prefetcher, uint64_t id)
+        : descriptor_(descriptor),
+          size_(size),
+          cluster_(cluster),
+          read_ahead_(read_ahead),
+          prefetcher_(prefetcher),
+          id_(id) {}
 
     // Whether a read may wait for another machine or process: such files must not keep threads from others.
     static bool may_hang(int descriptor);
@@ -40,17 +48,16 @@ class Source {
     // 0 while its length is changed by us: nothing is filled then.
     void resize(uint64_t size) { size_.store(size, std::memory_order_seq_cst); }
 
-    void advise(Pattern pattern) { pattern_.store(pattern, std::memory_order_relaxed); }
-    Pattern pattern() const { return pattern_.load(std::memory_order_relaxed); }
+    Pattern pattern() const { return read_ahead_.pattern(); }
 
     // What to read at once for a fault on `page` that needs `group`, at most kMostPages: more where misses follow each
     // other, no more where they are at random, as far as one can see.
     PageTable::Run around(uint64_t page, PageTable::Run group);
-    // A miss of this client (the HAT's number) brings the run in: if it goes on where another ended, Python's
-    // read-ahead is told of both.
-    void missed(PageTable::Run run, uint64_t client);
-    // What was read ahead is used.
-    void followed() { strays_.store(0, std::memory_order_relaxed); }
+    // A miss of this client brings the run of this file's cache in: if it goes on where another ended, read-ahead is
+    // told of both. Inside the gate of a region, as is the next.
+    void missed(FileCache& cache, PageTable::Run run, Hat& client);
+    // What was read ahead is used: the page bears the marker.
+    void touched(FileCache& cache, uint64_t page, Hat& client);
 
     // A write of our own to the file is under way: its times then change by us. Such writes may overlap.
     void begin_write() {
@@ -58,6 +65,8 @@ class Source {
         writes_.fetch_add(1, std::memory_order_seq_cst);
     }
     void end_write() { writing_.fetch_sub(1, std::memory_order_seq_cst); }
+
+    uint64_t pages_ahead() const { return pages_ahead_.load(std::memory_order_relaxed); }
 
     // Fills the run, whose frames are allocated. False: not done, some frames may be there.
     bool fill(int memfd, uint64_t first, uint32_t count) const;
@@ -92,24 +101,28 @@ class Source {
     }
     // Of the recent misses the one that a miss on `page` may belong to, before or after it.
     Recent* near(uint64_t page);
-    void tell(Recent& miss, uint64_t client) const;
+    void tell(FileCache& cache, Recent& miss, Hat& client);
 
     const int descriptor_;
     std::atomic<uint64_t> size_;
     const uint32_t cluster_;
-    std::atomic<Pattern> pattern_{Pattern::normal};
-    std::atomic<uint64_t> writing_{0}, writes_{0};
-    HintQueue* const hints_;
+    ReadAhead& read_ahead_;
+    Prefetcher* const prefetcher_;
     const uint64_t id_;
+    std::atomic<uint64_t> writing_{0}, writes_{0};
 
     std::atomic<uint64_t> active_{0};
     std::mutex lock_;  // orders the last end() and drain(); a leaf
     std::condition_variable idle_;
 
-    std::mutex recent_lock_;  // protects what follows; before the hints' alone
+    std::mutex recent_lock_;  // protects what follows; before the prefetcher's alone
     std::array<Recent, 32> recent_;
     size_t next_ = 0;
     std::atomic<uint32_t> strays_{0};  // read without the lock
+
+    friend class Prefetcher;
+    std::atomic<uint64_t> pages_ahead_{0};
+    bool reading_ahead_ = false;  // under the prefetcher's lock
 };
 
 // What one fault needs read. Holds a reference to the HAT, and an active count of the source.
@@ -160,6 +173,48 @@ class Reader {
     std::vector<runtime::Processor*> processors_;
     std::condition_variable filled_;
     std::deque<ReadJob> jobs_;
+    size_t idle_ = 0;  // threads that wait
+    bool stopped_ = false;
+};
+
+// Reads local files ahead, in a few threads that run on any CPU. One of them at most reads for one file at a time: two
+// would wait for each other, as Linux has one lock for all who make or remove frames of a memfd.
+class Prefetcher {
+  public:
+    // `rest`: is told of the pages for which no frames were to be had here: Python asks all others for theirs.
+    explicit Prefetcher(HintQueue& rest) : rest_(rest) {}
+    ~Prefetcher() { stop(); }
+    Prefetcher(const Prefetcher&) = delete;
+    Prefetcher& operator=(const Prefetcher&) = delete;
+
+    // A client came to a page of this cache, which has a source. `missed`: pages from there on that were absent; 0: it
+    // bears the marker. Inside the gate of a region. Losing one costs time, never a byte, so a full queue drops.
+    void push(FileCache& cache, uint64_t page, uint32_t missed, Hat& client);
+    // Ends the threads; jobs that were not begun are dropped.
+    void stop();
+
+    HintQueue& rest() { return rest_; }
+
+  private:
+    static constexpr size_t kThreads = 4, kMostJobs = 256;
+
+    struct Job {
+        FileCache* cache;
+        Hat* client;
+        uint64_t page;
+        uint32_t missed;
+    };
+
+    void serve();
+    void read(const Job& job);
+    static void let_go(const Job& job);
+
+    HintQueue& rest_;
+
+    std::mutex lock_;  // protects what follows, and Source::reading_ahead_; a leaf: taken with descriptors locked
+    std::vector<std::thread> threads_;
+    std::condition_variable filled_;
+    std::deque<Job> jobs_;
     size_t idle_ = 0;  // threads that wait
     bool stopped_ = false;
 };

@@ -2,6 +2,7 @@
 // and the gate that every fault on it passes.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -13,13 +14,17 @@ class FileCache;
 class Hat;
 
 struct Region {
+    static constexpr uint32_t kAround = 16;
+
+    // `around_` 0: kAround, and more where faults follow each other.
     Region(uint64_t start_, uint64_t pages_, uint64_t first_page_, uint32_t group_, uint32_t around_, bool tracked_,
            FileCache* cache_, Hat* hat_)
         : start(start_),
           pages(pages_),
           first_page(first_page_),
           group(group_),
-          around(around_ > group_ ? around_ : group_),
+          around(std::max(around_ ? around_ : kAround, group_)),
+          widens(around_ == 0),
           tracked(tracked_),
           cache(cache_),
           hat(hat_) {}
@@ -29,6 +34,7 @@ struct Region {
     const uint64_t first_page;  // the file's page at `start`
     const uint32_t group;       // the region's page size, in pages of 4 KiB: what one fault brings in
     const uint32_t around;      // of so many pages, aligned, those that are resident are mapped by one fault
+    const bool widens;          // more of them, where faults follow each other
     // Its windows share the frames and are writable: writes to clean pages are faults. Becomes true with the gate
     // stopped.
     std::atomic<bool> tracked;
@@ -46,6 +52,11 @@ struct Region {
     Group group_of(uint64_t page) const { return clipped(page, group); }
     // The pages of which the resident ones are mapped by a fault on `page`, clipped to the region.
     Group around_of(uint64_t page) const { return clipped(page, around); }
+    // So many from there on, in the same 2 MiB of the file.
+    Group ahead_of(uint64_t page, uint32_t most) const {
+        const uint64_t end = std::min({page + most, (page | 511) + 1, first_page + pages});
+        return {page, uint32_t(end - page)};
+    }
 
   private:
     Group clipped(uint64_t page, uint32_t size) const {

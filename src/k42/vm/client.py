@@ -261,7 +261,7 @@ class Client:
                 process's own environment (``AWS_…``) says what they do not.
             fault_around: bytes, a power of two from 4096 to 2 MiB: of so many around a fault, those that are in the
                 page cache are mapped with it. Less where accesses are few and far between: a page that is mapped looks
-                used. None: 64 KiB.
+                used. None: 64 KiB, and up to 2 MiB where accesses go on where the last ones ended.
             policy: which of its pages are given back first when memory runs out: ``"fifo"`` (with a second chance),
                 ``"clock"`` or ``"s3fifo"``. Who opens it first decides for all. None: as it is, or as the kernel was
                 started with.

@@ -43,11 +43,8 @@ log = logging.getLogger("k42.kernel")
 
 _WRITE_PAGES = 256  # pages written at once: 1 MiB
 _RETRY = 1.0  # seconds until a store that failed to take pages is tried again
-AROUND = 16
-"""Pages of 4 KiB of which the resident ones are mapped by one fault, unless a mapping says otherwise."""
 _PATIENCE = 100  # ms between two looks at pages that others have in I/O
 _FEW_FRAMES = 1024  # with less no native thread reads: here it is known what may wait for what
-_PATTERNS = (Advice.NORMAL, Advice.SEQUENTIAL, Advice.RANDOM)  # in the order of Source::Pattern
 
 
 class Policy(enum.IntEnum):
@@ -145,12 +142,13 @@ class FileCacheManager(k42.Object):
         """
         raise NotImplementedError
 
-    def hinted(self, page: int, absent: int, pm: PageManager) -> None:
+    def hinted(self, page: int, pages: int, pm: PageManager) -> None:
         """A fault mapped a page that bears the marker of read-ahead: the next window is due.
 
         Args:
             page: of the fault.
-            absent: it bears no marker, but so many pages from there on were absent, and native threads read them.
+            pages: it bears no marker, but so many pages from there on are to be read ahead: native threads found no
+                frames for them.
             pm: on whose account it is.
         """
         raise NotImplementedError
@@ -324,7 +322,7 @@ class SharedFCM(FileCacheManager):
                         os.close(descriptor)
                 raise
             if (source := fr.native_descriptor()) >= 0 and global_pm.usage()["budget"] >= _FEW_FRAMES:
-                self.cache.read_from(source, fr.size(), self.cluster, hints, id)
+                self.cache.read_from(source, fr.size(), self.cluster, self.read_ahead.native, hints, id)
 
         def export_state(self, form: str) -> SharedFCM.Root:
             """Return the whole: what it refers to goes on."""
@@ -423,9 +421,11 @@ class SharedFCM(FileCacheManager):
         # Several requests at a time, as large as leaves that many: what they cost beside the bytes is paid at once.
         step = max(root.piece, min(ahead.pages // max(2, root.fr.traits().concurrency // 2), MAX_GROUP))
         for first in range(ahead.first, ahead.first + ahead.pages, step):
-            end = min(first + step, ahead.first + ahead.pages)
-            with contextlib.suppress(RuntimeError):  # no thread for it, or the cache is being closed
-                root.queue.submit(functools.partial(self._read_ahead, first, end, pm), urgent=False)
+            self._submit_ahead(first, min(first + step, ahead.first + ahead.pages), pm)
+
+    def _submit_ahead(self, first: int, end: int, pm: PageManager) -> None:
+        with contextlib.suppress(RuntimeError):  # no thread for it, or the cache is being closed
+            self.root.queue.submit(functools.partial(self._read_ahead, first, end, pm), urgent=False)
 
     def _read_ahead(self, first: int, end: int, pm: PageManager) -> None:
         end = min(end, self.root.cache.pages())
@@ -437,10 +437,12 @@ class SharedFCM(FileCacheManager):
             first = self.root.cache.read_in(first, min(end, first + pm.prefetchable()), owner)
             self._bring_in(first, end, pm)
 
-    def hinted(self, page: int, absent: int, pm: PageManager) -> None:
+    def hinted(self, page: int, pages: int, pm: PageManager) -> None:
         """Reads ahead; see `FileCacheManager.hinted`."""
-        policy = self.root.read_ahead
-        self._look_ahead(policy.missed(page, absent) if absent else policy.touched(page), pm)
+        if pages:
+            self._submit_ahead(page, page + pages, pm)
+        else:
+            self._look_ahead(self.root.read_ahead.touched(page), pm)
 
     def replaceable(self) -> bool:
         """Whether its pages can be given back."""
@@ -600,6 +602,7 @@ class SharedFCM(FileCacheManager):
             raise ValueError(f"a mapped file has at least one byte, not {size}")
         with root.flushing:
             before = cache.pages()
+            root.read_ahead.resize(pages)
             if size < root.fr.size():
                 # From the page of the new end on; its snapshots, and what they see there, stay as they are.
                 with contextlib.nullcontext() if root.node is None else root.node.cutting(size // PAGE, before):
@@ -678,7 +681,6 @@ class SharedFCM(FileCacheManager):
         match advice:
             case Advice.NORMAL | Advice.RANDOM | Advice.SEQUENTIAL:
                 root.read_ahead.advise(advice)
-                root.cache.advise_source(_PATTERNS.index(advice))
             case Advice.WILL_NEED:
                 self.prefetch(first, end, pm)
             case Advice.DONT_NEED:

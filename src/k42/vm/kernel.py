@@ -38,7 +38,7 @@ from k42.vm.channels import Channel
 from k42.vm.credentials import forget_credentials
 from k42.vm.errors import KernelUnavailable, OutOfFrames, ProtocolError, StoreError
 from k42.vm.fault import Fault
-from k42.vm.fcm import AROUND, FileCacheManager, Policy, asked_policy
+from k42.vm.fcm import FileCacheManager, Policy, asked_policy
 from k42.vm.fr import FileRepresentative
 from k42.vm.hat import Hat, UffdHat
 from k42.vm.ledger import Ledger, Left, new_records
@@ -377,13 +377,13 @@ class Kernel:
         while (hint := self._hints.next()) is not None:
             self._follow(*hint)
 
-    def _follow(self, number: int, page: int, client_id: int, absent: int) -> None:
+    def _follow(self, number: int, page: int, client_id: int, pages: int) -> None:
         fcm = self._caches.numbered(number)
         client = self._clients.get(client_id)
         if fcm is None or client is None:
             return
         try:
-            fcm.hinted(page, absent, client.pm)
+            fcm.hinted(page, pages, client.pm)
         except k42.Destroyed:
             pass
         except Exception:
@@ -689,8 +689,8 @@ class Kernel:
             raise ProtocolError("a mapping is whole pages")
         if not 1 <= group <= MAX_GROUP or group & (group - 1):
             raise ValueError(f"page_size must be a power of two from {PAGE} to {MAX_GROUP * PAGE} bytes")
-        around = int(message.get("around", AROUND))
-        if not 1 <= around <= MAX_GROUP or around & (around - 1):
+        around = int(message.get("around", 0))
+        if not ("around" in message) <= around <= MAX_GROUP or around & (around - 1):
             raise ValueError(f"fault_around must be a power of two from {PAGE} to {MAX_GROUP * PAGE} bytes")
         if (mapped := self._made_before(client, base, message)) is not None:
             return {"ok": True, "region": base}, [self._memfd_for(mapped)]

@@ -63,7 +63,8 @@ class _State:
         pages: length, in pages of 4 KiB.
         first_page: the file's page at `start`.
         group: the region's page size, in pages of 4 KiB.
-        around: of so many pages of 4 KiB around a fault, those that are resident are mapped with it.
+        around: of so many pages of 4 KiB around a fault, those that are resident are mapped with it; 0: of 16, and up
+            to 512 where faults follow each other.
         tracked: its windows share the frames and can be written to: writes to clean pages are faults.
 
     Without arguments they come with the state of another implementation.
