@@ -76,6 +76,8 @@ class Memory:
         self._l2 = [_Level(machine.l2, machine.line) for _ in range(processors)]
         self._copies: dict[int, dict[int, str]] = {}  # line: {processor: M, E or S}
         self._bus_free = 0
+        self._latency = machine.l1.latency
+        self._last = [-1] * processors  # line: of the latest access
         self._arrives: dict[int, int] = {}  # line: when the transfer of it that is on its way ends
         self.counts = [Counts() for _ in range(processors)]
 
@@ -96,22 +98,38 @@ class Memory:
         Returns:
             When it is done, and the processors that lost their copies by it.
         """
+        latency = self.hit(processor, line, write)
+        return (now + latency, []) if latency else self.miss(processor, line, now, write)
+
+    def hit(self, processor: int, line: int, write: bool) -> int:
+        """Make an access if it is local; returns its latency, else 0."""
+        copies = self._copies.get(line)
+        state = copies.get(processor) if copies else None
+        if copies is None or state is None or (write and state == "S"):
+            return 0
+        if write:
+            copies[processor] = "M"
         counts = self.counts[processor]
         counts.accesses += 1
-        if self.is_local(processor, line, write=write):
-            counts.hits += 1
-            if write:
-                self._copies[line][processor] = "M"
-            done = now + self._from_own(processor, line)
-            lost: list[int] = []
-        else:
-            done, lost = self._over_the_bus(processor, line, now, write=write)
-            counts.stalled += done - now
+        counts.hits += 1
+        # The last one again: it is the most recently used at both levels already.
+        latency = self._latency if self._last[processor] == line else self._from_own(processor, line)
+        if self._check:
+            self.verify(line)
+        return latency
+
+    def miss(self, processor: int, line: int, now: int, write: bool) -> tuple[int, list[int]]:
+        """Make an access that is not local; returns what `access` does."""
+        done, lost = self._over_the_bus(processor, line, now, write=write)
+        counts = self.counts[processor]
+        counts.accesses += 1
+        counts.stalled += done - now
         if self._check:
             self.verify(line)
         return done, lost
 
     def _from_own(self, processor: int, line: int) -> int:
+        self._last[processor] = line
         self._l2[processor].touch(line)
         if self._l1[processor].touch(line):
             return self._machine.l1.latency
@@ -161,6 +179,7 @@ class Memory:
         self.counts[processor].invalidated += 1
 
     def _hold(self, processor: int, line: int) -> None:
+        self._last[processor] = line
         self._l1[processor].insert(line)
         victim = self._l2[processor].insert(line)
         if victim is None:
