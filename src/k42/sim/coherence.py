@@ -36,28 +36,43 @@ class _Level:
 
     def __init__(self, cache: Cache, line: int) -> None:
         self._ways = cache.ways
-        self._sets: list[dict[int, None]] = [{} for _ in range(cache.size // (line * cache.ways))]
+        self._count = cache.size // (line * cache.ways)
+        self._sets: list[dict[int, None]] = [{} for _ in range(self._count)]
+        self._latest = [-1] * self._count  # the most recently used of each set, if it is here
+
+    def holds(self, line: int) -> bool:
+        """Whether it is here."""
+        return line in self._sets[line % self._count]
 
     def touch(self, line: int) -> bool:
         """Whether it is here; then it is the most recently used."""
-        lines = self._sets[line % len(self._sets)]
+        index = line % self._count
+        if self._latest[index] == line:
+            return True
+        lines = self._sets[index]
         if line not in lines:
             return False
         del lines[line]
         lines[line] = None
+        self._latest[index] = line
         return True
 
     def insert(self, line: int) -> int | None:
         """Put it here; returns the line that had to go."""
-        lines = self._sets[line % len(self._sets)]
+        index = line % self._count
+        lines = self._sets[index]
         victim = next(iter(lines)) if len(lines) == self._ways else None
         if victim is not None:
             del lines[victim]
         lines[line] = None
+        self._latest[index] = line
         return victim
 
     def drop(self, line: int) -> None:
-        self._sets[line % len(self._sets)].pop(line, None)
+        index = line % self._count
+        self._sets[index].pop(line, None)
+        if self._latest[index] == line:
+            self._latest[index] = -1
 
 
 class Memory:
@@ -209,5 +224,5 @@ class Memory:
         if alone and len(copies) > 1:
             raise AssertionError(f"line {line} is alone at processor {alone[0]}, and in {len(copies)} caches")
         for processor in copies:
-            if line not in self._l2[processor]._sets[line % len(self._l2[processor]._sets)]:
+            if not self._l2[processor].holds(line):
                 raise AssertionError(f"processor {processor} has line {line} in a state, and not in its cache")
