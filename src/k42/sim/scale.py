@@ -1,0 +1,320 @@
+"""Does it scale, and if not, why not? A function runs on each of ever more simulated processors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from k42.errors import Error
+from k42.sim.attribution import Stall
+from k42.sim.charging import plain_class
+from k42.sim.containers import ATOMS, family
+from k42.sim.machine import Machine, load
+from k42.sim.simulation import Simulation
+
+if TYPE_CHECKING:
+    from k42.experiments._record import Record
+
+_ROWS = 8  # of the table of stalls that is printed
+_MATTERS = 0.1  # the share of all stalls from which on one is spoken of
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """How the time of a function changes with the number of processors that run it.
+
+    Attributes:
+        name: of the function.
+        machine: where it ran.
+        cycles: of each processor, by the number of processors.
+        stalls: with the most processors, what the accesses to each attribute cost; the most expensive first.
+    """
+
+    name: str
+    machine: Machine
+    cycles: dict[int, list[int]]
+    stalls: list[Stall]
+
+    def time(self, processors: int) -> float:
+        """Return the mean time of a processor, in µs."""
+        cycles = self.cycles[processors]
+        return sum(cycles) / len(cycles) / self.machine.mhz
+
+    def speed_up(self, processors: int) -> float:
+        """Return how much more is done in the same time: n × t(1) / t(n); where 1 was not asked for, the least is 1."""
+        return processors * self.time(min(self.cycles)) / self.time(processors)
+
+    @property
+    def stalled(self) -> float:
+        """The share of stalls in the time of the most processors, from 0 to 1."""
+        return sum(row.stalled for row in self.stalls) / sum(self.cycles[max(self.cycles)])
+
+    def findings(self) -> list[str]:
+        """Return sentences that say what the most processors wait for."""
+        said = [f"With {_counted(max(self.cycles))}, {self.stalled:.0%} of the time is stalls."]
+        for row in self.stalls[:3]:
+            if row.share >= _MATTERS:
+                by = f"written by {_counted(row.writers)}" if row.writers else "written by none: others share its line"
+                said.append(f"{row.label}: {row.share:.0%} of stalls, {by}.")
+        return said
+
+    def records(self) -> list[Record]:
+        """Return the times, the speed-ups and the stalls in the form in which experiments have theirs."""
+        from k42.experiments._record import Record
+
+        def record(what: str, processors: int, metric: str, unit: str, value: float, **parameters: int) -> Record:
+            return Record(self.name, self.machine.name, what, processors, metric, unit, value, 1, 0.0, parameters)
+
+        most = max(self.cycles)
+        times = [record(f"time/{self.name}", n, "time", "us", self.time(n)) for n in self.cycles]
+        ratios = [record(f"speed-up/{self.name}", n, "speed_up", "times", self.speed_up(n)) for n in self.cycles]
+        stalls = [
+            record(f"stalls/{row.label}", most, "stalled", "cycles", row.stalled, accesses=row.accesses, writers=row.writers)
+            for row in self.stalls
+        ]
+        return times + ratios + stalls
+
+    def plot(self, path: Path | str) -> None:
+        """Draw time and speed-up against processors into a file of the kind that its name ends with.
+
+        Raises:
+            Error: matplotlib is missing, or the file cannot be written.
+        """
+        from k42.experiments import _show
+
+        drawn = [record for record in self.records() if record.metric != "stalled"]
+        drawn += [
+            dataclasses.replace(record, implementation="speed-up/ideal", value=float(record.processors))
+            for record in drawn
+            if record.metric == "speed_up"
+        ]
+        _show.plot(drawn, Path(path))
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} on {self.machine.name}", f"{'processors':>10}  {'µs':>12}  {'speed-up':>8}"]
+        lines += [f"{n:>10}  {self.time(n):>12.2f}  {self.speed_up(n):>8.2f}" for n in self.cycles]
+        shown = self.stalls[:_ROWS]
+        if shown:
+            width = max(9, *(len(row.label) for row in shown))
+            lines.append(f"{'attribute':<{width}}  {'accesses':>10}  {'stalled':>12}  {'share':>6}  {'writers':>7}")
+            lines += [
+                f"{row.label:<{width}}  {row.accesses:>10}  {row.stalled:>12}  {row.share:>6.1%}  {row.writers:>7}"
+                for row in shown
+            ]
+        return "\n".join(lines + self.findings())
+
+
+def scale(
+    work: Callable[..., object],
+    make: Callable[[], Any] | None = None,
+    *,
+    processors: Sequence[int] | None = None,
+    machine: str | Path | Machine = "s85",
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> Scaling:
+    """Run a function on ever more simulated processors; see how long it takes, and what it waits for.
+
+    What processors share is charged for as `Simulation.share` says, while the function runs: what `make` returns, and
+    what the function and the functions and classes of its module that it uses name in their closures, in the module's
+    globals and in the classes. All of it is as it was afterwards, apart from what the function did to it.
+
+    Each access stands alone. An update without a lock, such as ``registry.hits += 1``, is a load and a store, and what
+    others stored in between is lost, as on a free-threaded interpreter; but the same seed loses the same.
+
+    Args:
+        work: called once on each processor: ``work(shared, processor)`` if there is `make`, else ``work(processor)``.
+        make: makes what is shared, anew for each number of processors; None: `work` keeps what it finds from one to
+            the next.
+        processors: how many; None: powers of two, and all that the machine has.
+        machine: on what: its name, the TOML file that describes it, or itself.
+        seed: of what varies by chance.
+        progress: called with each number of processors when it is done.
+
+    Raises:
+        Error: there is no such machine, it does not have so many processors, or something cannot be simulated.
+        BaseException: what `work` or `make` raised.
+
+    >>> class Registry:
+    ...     hits = 0
+    >>> def work(registry, processor):
+    ...     for _ in range(50):
+    ...         registry.hits += 1
+    >>> result = scale(work, Registry, processors=[1, 4])
+    >>> result.speed_up(4) < 1
+    True
+    >>> result.stalls[0].label, result.stalls[0].writers
+    ('Registry.hits', 4)
+    """
+
+    def prepare() -> Callable[..., object]:
+        return work
+
+    return _scale(prepare, make, _name(work), processors, machine, seed, progress)
+
+
+def scale_file(
+    path: Path,
+    function: str,
+    *,
+    processors: Sequence[int] | None = None,
+    machine: str | Path | Machine = "s85",
+    progress: Callable[[int], object] | None = None,
+) -> Scaling:
+    """As `scale`, of a function in a file, which is run anew for each number of processors.
+
+    Args:
+        path: of the file.
+        function: its name; called once on each processor, with the processor's number.
+        processors: as in `scale`.
+        machine: as in `scale`.
+        progress: as in `scale`.
+
+    Raises:
+        Error: there is no such file or function, it fails, or it cannot be simulated.
+    """
+    from k42.sim import _files
+
+    try:
+        return _scale(lambda: _files.function(path, function), None, function, processors, machine, 0, progress)
+    except Error:
+        raise
+    except Exception as error:
+        raise Error(f"{function} fails on a simulated processor: {_files.describe(error, path)}") from error
+
+
+def _scale(
+    prepare: Callable[[], Callable[..., object]],
+    make: Callable[[], Any] | None,
+    name: str,
+    processors: Sequence[int] | None,
+    machine: str | Path | Machine,
+    seed: int,
+    progress: Callable[[int], object] | None,
+) -> Scaling:
+    where = machine if isinstance(machine, Machine) else load(machine)
+    counts = sorted(set(processors or powers(where.processors)))
+    for count in counts:
+        Simulation(where, count)  # before any of them has run: whether it has so many
+    cycles: dict[int, list[int]] = {}
+    stalls: list[Stall] = []
+    for count in counts:
+        sim = Simulation(where, count, seed=seed)
+        work = prepare()
+        shared = () if make is None else (sim.share(make()),)
+        with _sharing(sim, work):
+            cycles[count] = sim.run(lambda processor, work=work, shared=shared: work(*shared, processor))  # type: ignore[misc]
+        stalls = sim.stalls()
+        if progress is not None:
+            progress(count)
+    return Scaling(name, where, cycles, stalls)
+
+
+def powers(most: int) -> list[int]:
+    """Return the powers of two up to a number, and it."""
+    return [1 << i for i in range(most.bit_length()) if 1 << i < most] + [most]
+
+
+def _name(work: Callable[..., object]) -> str:
+    return str(getattr(work, "__qualname__", type(work).__qualname__)).rpartition(".")[2]
+
+
+def _counted(processors: int) -> str:
+    return f"{processors} processor{'s' if processors != 1 else ''}"
+
+
+@contextlib.contextmanager
+def _sharing(sim: Simulation, work: Callable[..., object]) -> Iterator[None]:
+    """For a while, charge for what a function finds by itself."""
+    put_back: list[Callable[[], object]] = []
+    try:
+        for name, value, put in _found(work):
+            known = family(plain_class(value)) is not None or type(value).__module__ == "_thread"
+            new = sim.share(value, name=name if known else None)
+            if new is not value:
+                put(new)
+                put_back.append(lambda put=put, value=value: put(value))  # type: ignore[misc]
+        yield
+    finally:
+        sim.unshare()
+        for put in put_back:
+            put()
+
+
+_Place = tuple[str, Any, Callable[[Any], object]]  # name, value, what stores another one there
+
+
+def _found(work: Callable[..., object]) -> Iterator[_Place]:
+    """What a function leads to without its arguments, each once."""
+    function = getattr(work, "__func__", work)
+    if hasattr(work, "__self__") and work.__self__ is not None:
+        yield _name(work), work.__self__, lambda _: None
+    if not isinstance(function, types.FunctionType):
+        if plain_class(work) not in ATOMS:
+            yield _name(work), work, lambda _: None
+        function = getattr(type(work), "__call__", None)
+    seen: set[int] = set()
+    pending: list[Any] = [function]
+    while pending:
+        value = pending.pop(0)
+        if isinstance(value, types.FunctionType):
+            places = list(_of_function(value))
+        elif isinstance(value, type):
+            places = list(_of_class(value))
+        else:
+            continue
+        for place in places:
+            held = place[1]
+            if id(held) in seen:
+                continue
+            seen.add(id(held))
+            if isinstance(held, (types.FunctionType, type)):
+                if held.__module__ == function.__module__:
+                    pending.append(held)
+            elif plain_class(held) not in ATOMS:
+                yield place
+
+
+def _of_function(function: types.FunctionType) -> Iterator[_Place]:
+    names = function.__code__.co_freevars
+    for name, cell in zip(names, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # empty yet
+            yield name, cell.cell_contents, lambda new, cell=cell: setattr(cell, "cell_contents", new)  # type: ignore[misc]
+    space = function.__globals__
+    for name in _names(function.__code__):
+        if name in space:
+            yield name, space[name], lambda new, name=name: space.__setitem__(name, new)  # type: ignore[misc]
+
+
+def _of_class(cls: type) -> Iterator[_Place]:
+    for base in cls.__mro__[1:-1]:
+        yield base.__name__, base, lambda _: None
+    for name, value in list(vars(cls).items()):
+        if name.startswith("__") and not callable(value):
+            continue
+        for each in _functions(value):
+            yield name, each, lambda new, name=name: setattr(cls, name, new)  # type: ignore[misc]
+
+
+def _functions(value: Any) -> list[Any]:
+    """What a class's attribute is made of."""
+    if isinstance(value, (staticmethod, classmethod)):
+        return [value.__func__]
+    if isinstance(value, property):
+        return [each for each in (value.fget, value.fset, value.fdel) if each is not None]
+    if isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType)):
+        return []
+    return [value]
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """The globals and attributes that code names, in their order."""
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += _names(constant)
+    return names
