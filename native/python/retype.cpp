@@ -6,7 +6,9 @@ namespace k42::edge {
 
 namespace {
 
-bool is_heap(const PyTypeObject* type) { return PyType_HasFeature(const_cast<PyTypeObject*>(type), Py_TPFLAGS_HEAPTYPE); }
+bool is_heap(const PyTypeObject* type) {
+    return PyType_HasFeature(const_cast<PyTypeObject*>(type), Py_TPFLAGS_HEAPTYPE);
+}
 
 bool alike(const PyTypeObject* one, const PyTypeObject* other) {
     constexpr unsigned long layout = Py_TPFLAGS_HAVE_GC

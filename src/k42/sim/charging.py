@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import enum
+import functools
 import io
 import sys
 import threading
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from k42._native import retype
 from k42.errors import Error
-from k42.sim.containers import ATOMS, FAMILIES, Record, family, steady_hash
+from k42.sim.containers import ATOMS, Record, family, steady_hash
 from k42.sim.locks import StandIn
-from k42.sim.processor import Processor, here
+from k42.sim.processor import here
 
 if TYPE_CHECKING:
     from k42.sim.attribution import Ledger, Named
@@ -79,12 +80,12 @@ class _Refusals:
                 return
             self._kept = start, sleep = threading.Thread.start, time.sleep
 
-            def refuse_start(thread: threading.Thread) -> None:
+            def refuse_start(self: threading.Thread) -> None:
                 if here.processor is not None:
                     raise Error(f"a thread cannot be started on a simulated processor: {_REFUSED['concurrent']}")
-                start(thread)
+                start(self)
 
-            def refuse_sleep(seconds: float) -> None:
+            def refuse_sleep(seconds: Any) -> None:
                 if here.processor is not None:
                     raise Error("time.sleep cannot be simulated: say with Simulation.work how many cycles pass")
                 sleep(seconds)
@@ -148,7 +149,9 @@ def _charged_class(cls: type) -> type:
     try:
         result = type(cls)(cls.__name__, bases, made)
     except Exception as error:
-        raise Error(f"{cls.__module__}.{cls.__qualname__} has no subclasses, so it cannot be charged: {error}") from error
+        raise Error(
+            f"{cls.__module__}.{cls.__qualname__} has no subclasses, so it cannot be charged: {error}"
+        ) from error
     _plain[result] = cls
     return _charged.setdefault(cls, result)
 
@@ -159,8 +162,10 @@ def _change_class(self: Any, to: type) -> None:
 
 def _reducing(cls: type) -> Callable[..., Any]:
     # Copies and pickles are of the class itself.
+    reduce: Any = cls.__reduce_ex__
+
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        reduced = cls.__reduce_ex__(self, protocol)
+        reduced = reduce(self, protocol)
         if isinstance(reduced, str):
             return reduced
         function, arguments, *rest = reduced
@@ -171,9 +176,9 @@ def _reducing(cls: type) -> Callable[..., Any]:
 
 
 def _attribute_methods(cls: type) -> dict[str, Any]:
-    get = cls.__getattribute__
-    put = cls.__setattr__
-    remove = cls.__delattr__
+    get: Any = cls.__getattribute__
+    put: Any = cls.__setattr__
+    remove: Any = cls.__delattr__
 
     def __getattribute__(self: Any, name: str, /) -> Any:
         processor = here.processor
@@ -401,25 +406,32 @@ class Charger:
         if all(one is other for one, other in zip(kept, entered, strict=True)):
             return value
         if type(value) is not tuple:
-            raise Error(f"a lock in a {type(value).__qualname__} cannot be simulated: keep it in an attribute or a list")
+            raise Error(
+                f"a lock in a {type(value).__qualname__} cannot be simulated: keep it in an attribute or a list"
+            )
         return tuple(entered)
 
     def _enter_parts(self, record: Record, pending: collections.deque[Record]) -> None:
         target = record.target
         for name, slot in self._slots_of(target).items():
             with contextlib.suppress(AttributeError):  # not set yet
-                self._replace(record, name, slot.__get__(target), lambda new, slot=slot: slot.__set__(target, new), pending)
+                value = slot.__get__(target)
+                self._replace(record, name, value, functools.partial(slot.__set__, target), pending)
         if _of_user(plain_class(target)):
             held = _instance_dict(target)
             for name, value in list(held.items()):
-                self._replace(record, name, value, lambda new, name=name: held.__setitem__(name, new), pending)
-        for base, enter in ((list, self._enter_items), (collections.deque, self._enter_items), (dict, self._enter_values)):
-            if isinstance(target, base):
-                enter(record, target, pending)
+                self._replace(record, name, value, functools.partial(held.__setitem__, name), pending)
+        if isinstance(target, (list, collections.deque)):
+            self._enter_items(record, target, pending)
+        if isinstance(target, dict):
+            self._enter_values(record, target, pending)
         if isinstance(target, (set, dict)):
-            for key in list((set if isinstance(target, set) else dict).__iter__(target)):
+            keys = set.__iter__(target) if isinstance(target, set) else dict.__iter__(target)
+            for key in list(keys):
                 if self._enter(key, record.named, f"{record.part}[]", record.padded, pending) is not key:
-                    raise Error("a lock in a key or a set cannot be simulated: keep it in an attribute, a list or a value")
+                    raise Error(
+                        "a lock in a key or a set cannot be simulated: keep it in an attribute, a list or a value"
+                    )
 
     def _replace(
         self, record: Record, name: str, value: Any, put: Callable[[Any], object], pending: collections.deque[Record]
@@ -429,7 +441,7 @@ class Charger:
         new = self._enter(value, record.named, record.within(name), record.padded, pending)
         if new is not value:
             put(new)
-            self._undo.append(lambda: put(value))
+            self._undo.append(functools.partial(put, value))
 
     def _enter_items(self, record: Record, target: Any, pending: collections.deque[Record]) -> None:
         base: Any = list if isinstance(target, list) else collections.deque
@@ -437,14 +449,14 @@ class Charger:
             new = self._enter(value, record.named, f"{record.part}[]", record.padded, pending)
             if new is not value:
                 base.__setitem__(target, index, new)
-                self._undo.append(lambda index=index, value=value: base.__setitem__(target, index, value))
+                self._undo.append(functools.partial(base.__setitem__, target, index, value))
 
     def _enter_values(self, record: Record, target: Any, pending: collections.deque[Record]) -> None:
         for key, value in list(dict.items(target)):
             new = self._enter(value, record.named, f"{record.part}[]", record.padded, pending)
             if new is not value:
                 dict.__setitem__(target, key, new)
-                self._undo.append(lambda key=key, value=value: dict.__setitem__(target, key, value))
+                self._undo.append(functools.partial(dict.__setitem__, target, key, value))
 
     def _stand_in(self, lock: Any, named: Named, part: str, padded: bool) -> StandIn:
         known = self._stand_ins.get(id(lock))

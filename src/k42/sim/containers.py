@@ -458,7 +458,7 @@ def _update(processor: Processor, record: Any, target: Any, *args: Any, **kwargs
 
 def _add_all(processor: Processor, record: Any, target: Any, *args: Any) -> tuple[Any, ...]:
     record.head(processor)
-    others = [list(other) for other in args]
+    others = [other if isinstance(other, (set, frozenset, dict)) else list(other) for other in args]
     record.fit(processor, record.length(target) + sum(map(len, others)))
     for key in itertools.chain(*others):
         record.adopt_key(key)
@@ -469,7 +469,7 @@ def _add_all(processor: Processor, record: Any, target: Any, *args: Any) -> tupl
 def _unite(processor: Processor, record: Any, target: Any, *args: Any) -> tuple[Any, ...]:
     """As `update`, but of sets alone."""
     if len(args) == 1 and isinstance(args[0], (set, frozenset, KeysView, ItemsView)):
-        return (set(_add_all(processor, record, target, *args)[0]),)
+        _add_all(processor, record, target, *args)
     return args
 
 
@@ -497,10 +497,12 @@ class _Keys(KeysView[Any]):
         return f"dict_keys({list(self)!r})"
 
     def __reversed__(self) -> Iterator[Any]:
-        return reversed(list(self))
+        return iter(list(self)[::-1])
 
 
 class _Values(ValuesView[Any]):
+    _mapping: Any
+
     def __init__(self, mapping: Any, plain: _Method) -> None:
         super().__init__(mapping)
         self._plain = plain
@@ -512,10 +514,12 @@ class _Values(ValuesView[Any]):
         return f"dict_values({list(self)!r})"
 
     def __reversed__(self) -> Iterator[Any]:
-        return reversed(list(self))
+        return iter(list(self)[::-1])
 
 
 class _Items(ItemsView[Any, Any]):
+    _mapping: Any
+
     def __init__(self, mapping: Any, plain: _Method) -> None:
         super().__init__(mapping)
         self._plain = plain
@@ -527,7 +531,7 @@ class _Items(ItemsView[Any, Any]):
         return f"dict_items({list(self)!r})"
 
     def __reversed__(self) -> Iterator[Any]:
-        return reversed(list(self))
+        return iter(list(self)[::-1])
 
 
 def _viewed(target: Any, plain: _Method) -> Iterator[Any]:
@@ -660,7 +664,9 @@ class Family:
 
 def _show_set(target: set[Any]) -> str:
     # Only of a set itself does Python leave the name out.
-    return set.__repr__(set(target) if type(target).__mro__[1] is set else target)
+    if target and type(target).__mro__[1] is set:
+        return f"{{{', '.join(map(repr, set.__iter__(target)))}}}"
+    return set.__repr__(target)
 
 
 FAMILIES = (

@@ -104,7 +104,8 @@ class QueueLock:
     def __init__(self, simulation: Simulation) -> None:
         self._sim = simulation
         self._tail = simulation.allocate(8, padded=True, name="QueueLock")
-        self._nodes = [simulation.allocate(16, padded=True, name="QueueLock node") for _ in range(simulation.processors)]
+        every = range(simulation.processors)
+        self._nodes = [simulation.allocate(16, padded=True, name="QueueLock node") for _ in every]
         self._queue: deque[int] = deque()  # the owner first
         self._mine = [False] * simulation.processors
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
+import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -73,8 +75,8 @@ class Scaling:
         times = [record(f"time/{self.name}", n, "time", "us", self.time(n)) for n in self.cycles]
         ratios = [record(f"speed-up/{self.name}", n, "speed_up", "times", self.speed_up(n)) for n in self.cycles]
         stalls = [
-            record(f"stalls/{row.label}", most, "stalled", "cycles", row.stalled, accesses=row.accesses, writers=row.writers)
-            for row in self.stalls
+            record(f"stalls/{s.label}", most, "stalled", "cycles", s.stalled, accesses=s.accesses, writers=s.writers)
+            for s in self.stalls
         ]
         return times + ratios + stalls
 
@@ -207,7 +209,7 @@ def _scale(
         work = prepare()
         shared = () if make is None else (sim.share(make()),)
         with _sharing(sim, work):
-            cycles[count] = sim.run(lambda processor, work=work, shared=shared: work(*shared, processor))  # type: ignore[misc]
+            cycles[count] = sim.run(functools.partial(work, *shared))
         stalls = sim.stalls()
         if progress is not None:
             progress(count)
@@ -237,12 +239,12 @@ def _sharing(sim: Simulation, work: Callable[..., object]) -> Iterator[None]:
             new = sim.share(value, name=name if known else None)
             if new is not value:
                 put(new)
-                put_back.append(lambda put=put, value=value: put(value))  # type: ignore[misc]
+                put_back.append(functools.partial(put, value))
         yield
     finally:
         sim.unshare()
-        for put in put_back:
-            put()
+        for undo in put_back:
+            undo()
 
 
 _Place = tuple[str, Any, Callable[[Any], object]]  # name, value, what stores another one there
@@ -250,30 +252,26 @@ _Place = tuple[str, Any, Callable[[Any], object]]  # name, value, what stores an
 
 def _found(work: Callable[..., object]) -> Iterator[_Place]:
     """What a function leads to without its arguments, each once."""
-    function = getattr(work, "__func__", work)
-    if hasattr(work, "__self__") and work.__self__ is not None:
+    function: Any = work
+    if isinstance(work, types.MethodType):
         yield _name(work), work.__self__, lambda _: None
+        function = work.__func__
+    elif not isinstance(work, types.FunctionType):
+        yield _name(work), work, lambda _: None
+        function = type(work).__call__
     if not isinstance(function, types.FunctionType):
-        if plain_class(work) not in ATOMS:
-            yield _name(work), work, lambda _: None
-        function = getattr(type(work), "__call__", None)
+        raise Error(f"{type(work).__name__} is not a function that is written in Python: write one that calls it")
     seen: set[int] = set()
     pending: list[Any] = [function]
     while pending:
         value = pending.pop(0)
-        if isinstance(value, types.FunctionType):
-            places = list(_of_function(value))
-        elif isinstance(value, type):
-            places = list(_of_class(value))
-        else:
-            continue
-        for place in places:
+        for place in _of_class(value) if isinstance(value, type) else _of_function(value):
             held = place[1]
             if id(held) in seen:
                 continue
             seen.add(id(held))
             if isinstance(held, (types.FunctionType, type)):
-                if held.__module__ == function.__module__:
+                if held.__module__ == function.__module__ and not isinstance(held, enum.EnumMeta):
                     pending.append(held)
             elif plain_class(held) not in ATOMS:
                 yield place
@@ -283,32 +281,28 @@ def _of_function(function: types.FunctionType) -> Iterator[_Place]:
     names = function.__code__.co_freevars
     for name, cell in zip(names, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # empty yet
-            yield name, cell.cell_contents, lambda new, cell=cell: setattr(cell, "cell_contents", new)  # type: ignore[misc]
+            yield name, cell.cell_contents, functools.partial(setattr, cell, "cell_contents")
     space = function.__globals__
     for name in _names(function.__code__):
         if name in space:
-            yield name, space[name], lambda new, name=name: space.__setitem__(name, new)  # type: ignore[misc]
+            yield name, space[name], functools.partial(space.__setitem__, name)
 
 
 def _of_class(cls: type) -> Iterator[_Place]:
     for base in cls.__mro__[1:-1]:
         yield base.__name__, base, lambda _: None
     for name, value in list(vars(cls).items()):
-        if name.startswith("__") and not callable(value):
-            continue
-        for each in _functions(value):
-            yield name, each, lambda new, name=name: setattr(cls, name, new)  # type: ignore[misc]
-
-
-def _functions(value: Any) -> list[Any]:
-    """What a class's attribute is made of."""
-    if isinstance(value, (staticmethod, classmethod)):
-        return [value.__func__]
-    if isinstance(value, property):
-        return [each for each in (value.fget, value.fset, value.fdel) if each is not None]
-    if isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType)):
-        return []
-    return [value]
+        if isinstance(value, (staticmethod, classmethod)):
+            yield name, value.__func__, lambda _: None
+        elif isinstance(value, property):
+            for each in (value.fget, value.fset, value.fdel):
+                yield name, each, lambda _: None
+        elif isinstance(value, functools.cached_property):
+            yield name, value.func, lambda _: None
+            if hasattr(value, "lock"):  # before Python 3.12, one for all instances
+                yield name, value.lock, functools.partial(setattr, value, "lock")
+        elif callable(value) or not name.startswith("__"):
+            yield name, value, functools.partial(setattr, cls, name)
 
 
 def _names(code: types.CodeType) -> list[str]:
