@@ -176,6 +176,10 @@ def sim(
     machine: Annotated[
         str, typer.Option(metavar="NAME|FILE.toml", help="Where to run it: a machine's name or description.")
     ] = "s85",
+    padded: Annotated[
+        bool,
+        typer.Option("--padded", help="Put each object on cache lines of its own: is it only lines that are shared?"),
+    ] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw time and speed-up into a file.")] = None,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the records here, one a line; - for stdout.")
@@ -198,7 +202,12 @@ def sim(
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(escape(name), total=len(counts))
         result = scale_file(
-            Path(file), name, processors=counts, machine=where, progress=lambda _: progress.advance(task)
+            Path(file),
+            name,
+            processors=counts,
+            machine=where,
+            padded=padded,
+            progress=lambda _: progress.advance(task),
         )
     to_stdout = json == Path("-")
     if json and not to_stdout:

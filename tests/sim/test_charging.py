@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -506,7 +507,7 @@ def a_socket() -> socket.socket:
         (queue.SimpleQueue, "SimpleQueue cannot"),
         (a_socket, "socket cannot"),
         (asyncio.Event, "asyncio.*cannot be simulated: write what it does as a function"),
-        (lambda: open(__file__), "a file .* cannot be simulated: read it before"),
+        (lambda: Path(__file__).open(), "a file .* cannot be simulated: read it before"),
     ],
 )
 def test_what_would_wait_elsewhere(make, message):

@@ -10,6 +10,7 @@ from k42.sim.attribution import Stall
 from k42.sim.coherence import Counts
 from k42.sim.locks import QueueLock, SpinLock, TicketLock
 from k42.sim.machine import MACHINES, S85, Cache, Machine, load
+from k42.sim.processor import work
 from k42.sim.scale import Scaling, scale
 from k42.sim.simulation import Deadlock, Simulation
 
@@ -28,4 +29,5 @@ __all__ = [
     "TicketLock",
     "load",
     "scale",
+    "work",
 ]

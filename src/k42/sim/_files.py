@@ -21,7 +21,7 @@ def function(path: Path, name: str) -> Callable[..., object]:
         raise Error(f"{path}: there is no such file")
     # A name that is nobody's: the file may be called as a module of the standard library is.
     module_name = f"_k42_sim_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
+    spec = importlib.util.spec_from_file_location(module_name, path.resolve())
     if spec is None or spec.loader is None:
         raise Error(f"{path}: it is not a file of Python; its name ends with .py")
     module = importlib.util.module_from_spec(spec)
@@ -42,6 +42,7 @@ def function(path: Path, name: str) -> Callable[..., object]:
 
 def describe(error: Exception, path: Path) -> str:
     """What failed, in one line, and where in the file."""
-    lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if Path(each.filename) == path]
+    there = path.resolve()
+    lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if Path(each.filename) == there]
     where = f" ({path}, line {lines[-1]})" if lines else ""
     return f"{type(error).__name__}: {error}{where}"

@@ -39,15 +39,17 @@ _REFUSED = {
     "threading": "of threading, Lock and RLock can be simulated: use them, or k42.sim's locks and Simulation.spin",
     "queue": "use a deque or a list, with a threading.Lock",
     "_queue": "use a deque or a list, with a threading.Lock",
-    "socket": "take what it would bring from memory, and say with Simulation.work what it costs",
-    "_socket": "take what it would bring from memory, and say with Simulation.work what it costs",
-    "ssl": "take what it would bring from memory, and say with Simulation.work what it costs",
+    "socket": "take what it would bring from memory, and say with k42.sim.work what it costs",
+    "_socket": "take what it would bring from memory, and say with k42.sim.work what it costs",
+    "ssl": "take what it would bring from memory, and say with k42.sim.work what it costs",
     "asyncio": "write what it does as a function that runs on each processor",
     "_asyncio": "write what it does as a function that runs on each processor",
     "concurrent": "the simulation runs the function on each processor itself",
     "multiprocessing": "the simulation runs the function on each processor itself",
 }
-_FILE = "read it before, and say with Simulation.work what it costs"
+# What simulates is not simulated.
+_SIMULATING = frozenset(f"k42.sim.{name}" for name in ("coherence", "locks", "machine", "processor", "simulation"))
+_FILE = "read it before, and say with k42.sim.work what it costs"
 
 
 def refuse(value: object) -> None:
@@ -87,7 +89,7 @@ class _Refusals:
 
             def refuse_sleep(seconds: Any) -> None:
                 if here.processor is not None:
-                    raise Error("time.sleep cannot be simulated: say with Simulation.work how many cycles pass")
+                    raise Error("time.sleep cannot be simulated: say with k42.sim.work how many cycles pass")
                 sleep(seconds)
 
             threading.Thread.start = refuse_start  # type: ignore[method-assign]
@@ -252,9 +254,13 @@ def _of_user(cls: type) -> bool:
     if not flags & _HEAP or not flags & _FINAL or flags & _IMMUTABLE:
         return False
     module = cls.__module__
-    if module.startswith("k42.sim.") and not module.startswith("k42.sim.models"):
-        return False  # what simulates
+    if module in _SIMULATING:
+        return False
     return module == "__main__" or module.partition(".")[0] not in sys.stdlib_module_names
+
+
+def _class_name(cls: type) -> str:
+    return cls.__qualname__.rpartition("<locals>.")[2]
 
 
 def _exchange(target: Any, cls: type) -> None:
@@ -296,7 +302,7 @@ class Charger:
 
     def share(self, value: _T, *, padded: bool, name: str | None) -> _T:
         """As `Simulation.share`."""
-        named = self.ledger.name(name or plain_class(value).__qualname__)
+        named = self.ledger.name(name or _class_name(plain_class(value)))
         return cast(_T, self._walk(value, named, "", padded, new=False))
 
     def adopt(self, value: Any, named: Named, part: str, padded: bool) -> Any:
@@ -313,6 +319,11 @@ class Charger:
             return self._walk(value, named, part, padded, new=True)
         finally:
             here.processor = kept
+
+    def classes(self) -> list[type]:
+        """Return the classes of users whose instances are shared."""
+        kinds = dict.fromkeys(plain_class(record.target) for record in self.records.values())
+        return [kind for kind in kinds if _of_user(kind)]
 
     def refresh(self) -> None:
         """Share what was stored into something shared while nobody looked."""
@@ -385,7 +396,7 @@ class Charger:
             return value
         refuse(value)
         if container is None and new:
-            named, part = self.ledger.name(kind.__qualname__), ""
+            named, part = self.ledger.name(_class_name(kind)), ""
         if kind is type(value):
             _exchange(value, _charged_class(kind))
         if container is None:

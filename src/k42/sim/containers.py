@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 # What has no parts, so that nothing of it is charged for.
 ATOMS = frozenset(
-    (type(None), bool, int, float, complex, str, bytes, range, type, type(...))
-    + (FunctionType, BuiltinFunctionType, ModuleType)
+    (
+        *(type(None), bool, int, float, complex, str, bytes, range, type, type(...)),
+        *(FunctionType, BuiltinFunctionType, ModuleType),
+    )
 )
 
 _HEADER = 24  # bytes
@@ -650,9 +652,10 @@ class Family:
                 continue
             if name in self._methods:
                 made[name] = self._methods[name](plain)
-            elif name.strip("_") in _OPERATORS or not name.startswith("__"):
-                if plain is not getattr(object, name, None):
-                    made[name] = _reading(plain, _all)
+            elif (name.strip("_") in _OPERATORS or not name.startswith("__")) and plain is not getattr(
+                object, name, None
+            ):
+                made[name] = _reading(plain, _all)
         if cls is set:
             made["__repr__"] = _reading(_show_set, _all)
         return made

@@ -85,3 +85,10 @@ class _Here(threading.local):
 
 here = _Here()
 """`here.processor`: the processor that the calling thread is, if it is one."""
+
+
+def work(cycles: int) -> None:
+    """Compute for so many cycles, on the simulated processor that the calling thread is; on no other thread."""
+    processor = here.processor
+    if processor is not None:
+        processor.simulation.work(cycles)

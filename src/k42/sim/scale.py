@@ -116,14 +116,15 @@ def scale(
     *,
     processors: Sequence[int] | None = None,
     machine: str | Path | Machine = "s85",
+    padded: bool = False,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> Scaling:
     """Run a function on ever more simulated processors; see how long it takes, and what it waits for.
 
     What processors share is charged for as `Simulation.share` says, while the function runs: what `make` returns, and
-    what the function and the functions and classes of its module that it uses name in their closures, in the module's
-    globals and in the classes. All of it is as it was afterwards, apart from what the function did to it.
+    what the function, the functions and classes of its module that it uses, and the classes of what is shared name in
+    their closures, in the globals of their module and in the classes themselves. All of it is as it was afterwards, apart from what the function did to it.
 
     Each access stands alone. An update without a lock, such as ``registry.hits += 1``, is a load and a store, and what
     others stored in between is lost, as on a free-threaded interpreter; but the same seed loses the same.
@@ -134,6 +135,7 @@ def scale(
             the next.
         processors: how many; None: powers of two, and all that the machine has.
         machine: on what: its name, the TOML file that describes it, or itself.
+        padded: put each object and container on lines of its own: what is slow no more shared only lines.
         seed: of what varies by chance.
         progress: called with each number of processors when it is done.
 
@@ -156,7 +158,7 @@ def scale(
     def prepare() -> Callable[..., object]:
         return work
 
-    return _scale(prepare, make, _name(work), processors, machine, seed, progress)
+    return _scale(prepare, make, _name(work), processors, machine, padded, seed, progress)
 
 
 def scale_file(
@@ -165,6 +167,7 @@ def scale_file(
     *,
     processors: Sequence[int] | None = None,
     machine: str | Path | Machine = "s85",
+    padded: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Scaling:
     """As `scale`, of a function in a file, which is run anew for each number of processors.
@@ -174,6 +177,7 @@ def scale_file(
         function: its name; called once on each processor, with the processor's number.
         processors: as in `scale`.
         machine: as in `scale`.
+        padded: as in `scale`.
         progress: as in `scale`.
 
     Raises:
@@ -182,7 +186,7 @@ def scale_file(
     from k42.sim import _files
 
     try:
-        return _scale(lambda: _files.function(path, function), None, function, processors, machine, 0, progress)
+        return _scale(lambda: _files.function(path, function), None, function, processors, machine, padded, 0, progress)
     except Error:
         raise
     except Exception as error:
@@ -195,6 +199,7 @@ def _scale(
     name: str,
     processors: Sequence[int] | None,
     machine: str | Path | Machine,
+    padded: bool,
     seed: int,
     progress: Callable[[int], object] | None,
 ) -> Scaling:
@@ -207,9 +212,13 @@ def _scale(
     for count in counts:
         sim = Simulation(where, count, seed=seed)
         work = prepare()
-        shared = () if make is None else (sim.share(make()),)
-        with _sharing(sim, work):
+        shared = () if make is None else (sim.share(make(), padded=padded),)
+        with _sharing(sim, work, padded):
             cycles[count] = sim.run(functools.partial(work, *shared))
+        if not any(cycles[count]):
+            raise Error(
+                f"{name} takes no time: it accesses nothing that it is known to share, and calls no k42.sim.work"
+            )
         stalls = sim.stalls()
         if progress is not None:
             progress(count)
@@ -230,13 +239,13 @@ def _counted(processors: int) -> str:
 
 
 @contextlib.contextmanager
-def _sharing(sim: Simulation, work: Callable[..., object]) -> Iterator[None]:
+def _sharing(sim: Simulation, work: Callable[..., object], padded: bool) -> Iterator[None]:
     """For a while, charge for what a function finds by itself."""
     put_back: list[Callable[[], object]] = []
     try:
-        for name, value, put in _found(work):
+        for name, value, put in _found(sim, work):
             known = family(plain_class(value)) is not None or type(value).__module__ == "_thread"
-            new = sim.share(value, name=name if known else None)
+            new = sim.share(value, padded=padded, name=name if known else None)
             if new is not value:
                 put(new)
                 put_back.append(functools.partial(put, value))
@@ -250,8 +259,8 @@ def _sharing(sim: Simulation, work: Callable[..., object]) -> Iterator[None]:
 _Place = tuple[str, Any, Callable[[Any], object]]  # name, value, what stores another one there
 
 
-def _found(work: Callable[..., object]) -> Iterator[_Place]:
-    """What a function leads to without its arguments, each once."""
+def _found(sim: Simulation, work: Callable[..., object]) -> Iterator[_Place]:
+    """What a function, and the classes of what is shared, lead to by themselves; each once."""
     function: Any = work
     if isinstance(work, types.MethodType):
         yield _name(work), work.__self__, lambda _: None
@@ -261,7 +270,8 @@ def _found(work: Callable[..., object]) -> Iterator[_Place]:
         function = type(work).__call__
     if not isinstance(function, types.FunctionType):
         raise Error(f"{type(work).__name__} is not a function that is written in Python: write one that calls it")
-    seen: set[int] = set()
+    modules = {function.__module__}
+    seen = {id(function)}
     pending: list[Any] = [function]
     while pending:
         value = pending.pop(0)
@@ -271,10 +281,15 @@ def _found(work: Callable[..., object]) -> Iterator[_Place]:
                 continue
             seen.add(id(held))
             if isinstance(held, (types.FunctionType, type)):
-                if held.__module__ == function.__module__ and not isinstance(held, enum.EnumMeta):
+                if held.__module__ in modules and not isinstance(held, enum.EnumMeta):
                     pending.append(held)
             elif plain_class(held) not in ATOMS:
                 yield place
+        for cls in sim._charger.classes() if not pending else ():
+            modules.add(cls.__module__)
+            if id(cls) not in seen:
+                seen.add(id(cls))
+                pending.append(cls)
 
 
 def _of_function(function: types.FunctionType) -> Iterator[_Place]:
