@@ -208,7 +208,6 @@ def outcome(target: Any, name: str, arguments: Any) -> Any:
         (lambda: collections.defaultdict(int), DICT),
         (collections.OrderedDict, DICT),
         (set, SET),
-        (bytearray, LIST),
         (lambda: array.array("q"), LIST),
     ],
 )
@@ -289,7 +288,7 @@ def test_attributes(padded):
     assert found["Plain._half"] == (2, 1)
     assert found["Plain.new"] == (1, 1)
     assert found["Plain.late"] == (1, 0)
-    assert found["Plain.late[]"] == (1 + 2, 1)  # the comparison scans two lines, or one
+    assert found["Plain.late[]"] == (1, 1)  # only then is it known
     assert found["Slotted.a"] == (2, 1)
     assert found["Slotted.b"] == (1, 1)
     assert not any("half" in label and "_half" not in label for label in found)
@@ -341,8 +340,8 @@ def test_what_is_stored_between_sharing_and_the_run():
     sim = Simulation(S85, 1)
     sim.share(top)
     top.late.append(4)
-    sim.run(lambda _: top.late.append(5))
-    assert rows(sim)["Plain.late[]"] == (1, 1)
+    sim.run(lambda _: top.late[3])
+    assert rows(sim)["Plain.late[]"] == (1, 0)
 
 
 def test_long_chains():
@@ -491,6 +490,10 @@ class Worker(threading.Thread):
     pass
 
 
+def a_file() -> Any:
+    return Path(__file__).open()
+
+
 def a_socket() -> socket.socket:
     return socket.socket()
 
@@ -507,7 +510,7 @@ def a_socket() -> socket.socket:
         (queue.SimpleQueue, "SimpleQueue cannot"),
         (a_socket, "socket cannot"),
         (asyncio.Event, "asyncio.*cannot be simulated: write what it does as a function"),
-        (lambda: Path(__file__).open(), "a file .* cannot be simulated: read it before"),
+        (a_file, "a file .* cannot be simulated: read it before"),
     ],
 )
 def test_what_would_wait_elsewhere(make, message):

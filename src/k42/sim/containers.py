@@ -87,7 +87,7 @@ class Record:
 
 
 class Sequence(Record):
-    """A list, an array or a bytearray."""
+    """A list or an array."""
 
     def __init__(
         self, charger: Charger, target: Any, named: Named, part: str, padded: bool, base: type, unit: int
@@ -385,7 +385,7 @@ def _extend(processor: Processor, record: Any, target: Any, *args: Any) -> tuple
     record.head(processor)
     if len(args) != 1 or not isinstance(args[0], Iterable):
         return None
-    items: Any = args[0] if isinstance(args[0], (array, bytearray, bytes)) else [record.adopt(each) for each in args[0]]
+    items: Any = args[0] if isinstance(args[0], array) else [record.adopt(each) for each in args[0]]
     count = record.length(target)
     record.fit(processor, count + len(items))
     record.scan(processor, range(count, count + len(items)), write=True)
@@ -578,7 +578,6 @@ _DEQUE = _SEQUENCE | {
     "popleft": lambda plain: _changing(plain, _pop_left),
     "rotate": lambda plain: _changing(plain, _rewrite),
 }
-_BYTES = _SEQUENCE | {"__contains__": lambda plain: _reading(plain, _all)}
 _DICT: dict[str, Callable[[_Method], _Method]] = {
     "__len__": lambda plain: _reading(plain, _header),
     "__getitem__": _keyed,
@@ -678,7 +677,6 @@ FAMILIES = (
     Family(set, Table, _SET, 16),
     Family(deque, Ring, _DEQUE, 8),
     Family(array, Sequence, _SEQUENCE, 0),
-    Family(bytearray, Sequence, _BYTES, 1),
 )
 
 

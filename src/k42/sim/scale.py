@@ -124,7 +124,8 @@ def scale(
 
     What processors share is charged for as `Simulation.share` says, while the function runs: what `make` returns, and
     what the function, the functions and classes of its module that it uses, and the classes of what is shared name in
-    their closures, in the globals of their module and in the classes themselves. All of it is as it was afterwards, apart from what the function did to it.
+    their closures, in the globals of their module, and in the classes themselves. Afterwards all of it is as it was,
+    apart from what the function did to it.
 
     Each access stands alone. An update without a lock, such as ``registry.hits += 1``, is a load and a store, and what
     others stored in between is lost, as on a free-threaded interpreter; but the same seed loses the same.

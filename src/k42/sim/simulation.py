@@ -101,11 +101,12 @@ class Simulation:
     def share(self, shared: _T, *, padded: bool = False, name: str | None = None) -> _T:
         """Charge for accesses to an object, and to all that it leads to, without a change to the code that makes them.
 
-        Attributes of instances of classes written in Python, and elements of lists, dicts, sets, deques, arrays and
-        bytearrays, lie in simulated memory from then on; what is stored into them during a run does so, too. A
+        Attributes of instances of classes written in Python, and elements of lists, dicts, sets, deques and arrays
+        (`array`), lie in simulated memory from then on; what is stored into them during a run does so, too. A
         processor's access to them is an access to its caches. Other threads' accesses are as ever. Locks of `threading`
         become simulated ones. Instances and containers stay the objects that they are, and behave as they did, but for
-        `type()`, which returns a subclass. What is written in C beyond these stays as it is, and costs nothing.
+        `type()`, which returns a subclass. What is written in C beyond these stays as it is, and costs nothing:
+        bytearrays, too, and what C code such as `heapq` does to a list behind its methods.
 
         Each access stands alone: between the load and the store of `x.n += 1` other processors may have their turn, so
         that updates are lost, as on a free-threaded interpreter; but in each run the same.
