@@ -1,24 +1,21 @@
-"""Execution on a simulated multiprocessor: one thread a processor, of which one runs at a time, in simulated time.
+"""Execution on a simulated multiprocessor, of whose processors one runs at a time, in simulated time.
 
-A thread runs on by itself while what it does concerns nobody else: computing, and accesses to lines that no other
-processor has ever accessed. Before any other access every processor whose clock is behind comes first. So a run depends
-on nothing but the program, the machine and the seed.
-
-Why threads, and not greenlets: to k42 a thread is a processor, so that Clustered Objects have their representatives by
-simulated processor without further ado; and a switch is only due where a line is shared.
+A processor runs on by itself while what it does concerns nobody else: computing, and hits on lines that no other one
+has ever accessed. Before any other access every processor whose clock is behind comes first. So a run depends on
+nothing but the program, the machine and the seed.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import heapq
 import random
-import threading
 from collections.abc import Callable
 
 from k42.errors import Error
 from k42.sim.coherence import Counts, Memory
 from k42.sim.machine import Machine
+from k42.sim.turns import MAIN, Turns, turns
 
 _Body = Callable[[int], object]
 _SEVERAL = -1
@@ -26,10 +23,6 @@ _SEVERAL = -1
 
 class Deadlock(Error):
     """All simulated processors wait for each other."""
-
-
-class _Ended(BaseException):
-    """The run ends early: unwinds the threads that are left."""
 
 
 class Simulation:
@@ -56,15 +49,12 @@ class Simulation:
         chance = random.Random(seed)
         self._clocks = [chance.randrange(machine.call) for _ in range(count)]
         self._started = list(self._clocks)
-        # Whose turn it is has the baton. All else is changed only with it, so no lock is needed.
-        self._batons = [threading.Semaphore(0) for _ in range(count)]
-        self._ready: list[tuple[int, int]] = []  # (clock, processor), of those that can go on
+        self._line = machine.line
+        self._me = MAIN  # the processor that runs
+        self._ready: list[tuple[int, int]] = []  # (clock, processor), of those that can go on and do not run
         self._users: dict[int, int] = {}  # line: the processor that alone has ever accessed it, or _SEVERAL
         self._spinning: dict[int, list[int]] = {}  # line: processors that look at their copy of it
-        self._running = 0  # processors whose program has not ended
-        self._failure: BaseException | None = None
-        self._over = threading.Event()
-        self._current = threading.local()
+        self._turns: Turns = turns([])
 
     def allocate(self, size: int, *, padded: bool = False) -> int:
         """Return the address of `size` new bytes: on lines of their own (`padded`), or right after the last ones."""
@@ -79,7 +69,7 @@ class Simulation:
         """Run `body` on each processor; once.
 
         Args:
-            body: called with the number of its processor, in a thread of its own.
+            body: called with the number of its processor.
 
         Returns:
             The cycles that each processor took.
@@ -88,36 +78,28 @@ class Simulation:
             Deadlock: all wait for each other.
             BaseException: what a body raised; the others end then.
         """
-        self._running = self.processors
+        self._turns = turns([functools.partial(body, number) for number in range(self.processors)])
         self._ready = [(clock, processor) for processor, clock in enumerate(self._clocks)]
         heapq.heapify(self._ready)
-        threads = [
-            threading.Thread(target=self._live, args=(processor, body), name=f"k42-sim-{processor}", daemon=True)
-            for processor in range(self.processors)
-        ]
-        for thread in threads:
-            thread.start()
         try:
-            self._pass_on()
-            self._over.wait()
-        except BaseException as interrupt:
-            self._end(interrupt)
-        for thread in threads:
-            thread.join()
-        if self._failure is not None:
-            raise self._failure
+            while self._ready:
+                self._go_on(MAIN)
+            if waiting := self._turns.waiting():
+                raise Deadlock(f"{waiting} simulated processors wait, and none is left to wake them")
+        finally:
+            self._turns.end()
+            self._me = MAIN
         return [clock - start for clock, start in zip(self._clocks, self._started, strict=True)]
 
     def processor(self) -> int:
-        """Return the processor that this thread is.
+        """Return the processor that runs.
 
         Raises:
-            Error: it is none of this simulation.
+            Error: none does.
         """
-        try:
-            return self._current.processor  # type: ignore[no-any-return]
-        except AttributeError:
-            raise Error("this thread is no processor of the simulation") from None
+        if self._me < 0:
+            raise Error("this is no processor of the simulation")
+        return self._me
 
     def now(self) -> int:
         """Return this processor's time, in cycles."""
@@ -146,6 +128,16 @@ class Simulation:
                 break
         self._access(address, write=True)
 
+    def claim(self, address: int, size: int) -> None:
+        """Make zeros of whole lines without reading them; see `Memory.claim`."""
+        processor, line = self.processor(), self.machine.line
+        first, end = address // line, -(-(address + size) // line)
+        for number in range(first, end):
+            if self._users.setdefault(number, processor) != processor:
+                self._users[number] = _SEVERAL
+        self._let_earlier(processor)
+        self._clocks[processor] = self._memory.claim(processor, first, end - first, self._clocks[processor])
+
     def spin(self, address: int, until: Callable[[], bool]) -> None:
         """Look at a word until it is as wanted. Looking again costs nothing until somebody has written to its line."""
         processor, line = self.processor(), address // self.machine.line
@@ -153,8 +145,7 @@ class Simulation:
         while not until():
             if self._memory.is_local(processor, line):
                 self._spinning.setdefault(line, []).append(processor)
-                self._pass_on()
-                self._await_turn(processor)
+                self._go_on(processor)
             self.load(address)
 
     def counts(self) -> list[Counts]:
@@ -162,12 +153,16 @@ class Simulation:
         return self._memory.counts
 
     def _access(self, address: int, *, write: bool = False) -> None:
-        processor, line = self.processor(), address // self.machine.line
-        user = self._users.setdefault(line, processor)
-        if user != processor:
-            # Others come first whose time is earlier: also at a hit, since they may take the line away.
+        processor, line = self._me, address // self._line
+        if processor < 0:
+            raise Error("this is no processor of the simulation")
+        if self._users.setdefault(line, processor) != processor:
             self._users[line] = _SEVERAL
-            self._let_earlier(processor)
+        elif latency := self._memory.hit(processor, line, write=write):
+            self._clocks[processor] += latency
+            return
+        # Others come first whose time is earlier: they may take the line away, and the bus is everybody's.
+        self._let_earlier(processor)
         done, lost = self._memory.access(processor, line, self._clocks[processor], write=write)
         self._clocks[processor] = done
         if lost and line in self._spinning:
@@ -180,42 +175,13 @@ class Simulation:
 
     # Turns.
 
-    def _live(self, processor: int, body: _Body) -> None:
-        self._current.processor = processor
-        with contextlib.suppress(_Ended):
-            try:
-                self._await_turn(processor)
-                body(processor)
-                self._running -= 1
-                self._pass_on()
-            except _Ended:
-                raise
-            except BaseException as failure:
-                self._end(failure)
-
     def _let_earlier(self, processor: int) -> None:
         mine = (self._clocks[processor], processor)
         if self._ready and self._ready[0] < mine:
-            following = heapq.heapreplace(self._ready, mine)[1]
-            self._batons[following].release()
-            self._await_turn(processor)
+            self._me = heapq.heapreplace(self._ready, mine)[1]
+            self._turns.switch(processor, self._me)
 
-    def _pass_on(self) -> None:
-        if self._ready:
-            self._batons[heapq.heappop(self._ready)[1]].release()
-        elif self._running:
-            self._end(Deadlock(f"{self._running} simulated processors wait, and none is left to wake them"))
-        else:
-            self._over.set()
-
-    def _await_turn(self, processor: int) -> None:
-        self._batons[processor].acquire()
-        if self._failure is not None:
-            raise _Ended
-
-    def _end(self, failure: BaseException) -> None:
-        if self._failure is None:
-            self._failure = failure
-        for baton in self._batons:
-            baton.release()
-        self._over.set()
+    def _go_on(self, me: int) -> None:
+        """Lets who comes first go on: without me, who am not ready. If there is nobody, `run` says so."""
+        self._me = heapq.heappop(self._ready)[1] if self._ready else MAIN
+        self._turns.switch(me, self._me)
