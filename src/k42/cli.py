@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import errno
 import importlib.metadata
 import logging
@@ -22,13 +21,6 @@ from k42.errors import Error
 _UNITS = {"": 1, "B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
     _UNITS |= {_prefix: 1024**_power, f"{_prefix}IB": 1024**_power, f"{_prefix}B": 1000**_power}
-
-
-class Machine(enum.StrEnum):
-    """Where an experiment runs."""
-
-    real = "real"
-    sim = "sim"
 
 
 class _Commands(typer.core.TyperGroup):
@@ -113,14 +105,20 @@ def experiment(
             "remote, structures, survival.",
         ),
     ],
-    machine: Annotated[Machine, typer.Option(help="Where to run it.")] = Machine.real,
+    machine: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Where to run it: real; sim, which is s85, the paper's machine, simulated; or FILE.toml, one's own.",
+        ),
+    ] = "real",
     processors: Annotated[
         Any,
         typer.Option(
             parser=parse_processors,
             metavar="N,...",
             help="How many work at the same time.",
-            show_default="1 and all",
+            show_default="1 and all; of a simulated machine more in between",
         ),
     ] = None,
     json: Annotated[
@@ -131,14 +129,21 @@ def experiment(
 ) -> None:
     """Run an experiment of the paper, and show what it found as a table."""
     # Only here, so that `k42 --help` answers at once.
-    from k42.experiments import EXPERIMENTS, Options, _record, _show
+    from k42.experiments import EXPERIMENTS, Options, _record, _show, simulated
     from k42.experiments._runner import default_processors
 
     if name not in EXPERIMENTS:
         raise Error(f"there is no experiment {name!r}; there are: {', '.join(sorted(EXPERIMENTS))}")
-    if machine is Machine.sim:
-        raise Error(f"{name} does not run on the simulated machine; run it with --machine real")
-    report = EXPERIMENTS[name](Options(processors or default_processors(), quick))
+    if machine == "real":
+        report = EXPERIMENTS[name](Options(processors or default_processors(), quick))
+    elif name in simulated.EXPERIMENTS:
+        from k42 import sim
+
+        model = sim.load("s85" if machine == "sim" else machine)
+        report = simulated.run(name, model, Options(processors or simulated.default_processors(model), quick))
+    else:
+        known = ", ".join(sorted(simulated.EXPERIMENTS))
+        raise Error(f"{name} does not run on a simulated machine, those that do: {known}; run it with --machine real")
     # The files first: whoever reads the terminal may have had enough after some lines.
     to_stdout = json == Path("-")
     if json and not to_stdout:

@@ -58,6 +58,7 @@ _HUES = {
     "Replicated": ("#d1662f", "#eeb08c"),
 }
 _SHADES = ("#eeb08c", "#d1662f", "#8f3f17")  # for numbers of processors
+_MANY = 5  # columns, from which on their heads are short
 _GREYS = ("#333333", "#6e6e6e", "#999999", "#bdbdbd", "#dddddd")
 
 
@@ -151,12 +152,14 @@ def table(title: str, records: Sequence[Record]) -> Group:
     result = Table()
     result.add_column(f"{layout.first.metric},\n{layout.first.unit}")
     for group in layout.groups:
-        result.add_column(layout.label(group), justify="right")
+        result.add_column(layout.label(group) if len(layout.groups) <= _MANY else str(group[1]), justify="right")
     for before, series in zip([layout.series[0], *layout.series], layout.series, strict=False):
         if _operation(before) != _operation(series):
             result.add_section()
         result.add_row(series, *(_cell(layout.cells.get((series, group))) for group in layout.groups))
     caption = f"Median of {layout.first.runs} interleaved rounds ± half of the interquartile range."
+    if layout.first.runs == 1:
+        caption = "Each column is a number of processors, each value one run, which comes out the same each time."
     return Group(f"[bold]{title}[/]", result, f"[dim]{caption}[/]")
 
 
@@ -165,6 +168,8 @@ def _cell(record: Record | None) -> str:
         return ""
     if not record.value:
         return "0"
+    if record.runs == 1:
+        return number(record.value)
     return f"{number(record.value)} [dim]±{50 * record.spread / record.value:2.0f}%[/]"
 
 

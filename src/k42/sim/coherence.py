@@ -8,8 +8,11 @@ transfer of the same line that is on its way.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from k42.sim.machine import Cache, Machine
+
+_NOBODY: Sequence[int] = ()
 
 
 @dataclasses.dataclass
@@ -34,45 +37,44 @@ class Counts:
 class _Level:
     """Which lines one level holds; the least recently used of a full set makes room."""
 
+    __slots__ = ("_count", "_sets", "_ways")
+
     def __init__(self, cache: Cache, line: int) -> None:
         self._ways = cache.ways
         self._count = cache.size // (line * cache.ways)
-        self._sets: list[dict[int, None]] = [{} for _ in range(self._count)]
-        self._latest = [-1] * self._count  # the most recently used of each set, if it is here
-
-    def holds(self, line: int) -> bool:
-        """Whether it is here."""
-        return line in self._sets[line % self._count]
+        self._sets: dict[int, dict[int, None]] = {}  # of which most are empty
 
     def touch(self, line: int) -> bool:
         """Whether it is here; then it is the most recently used."""
-        index = line % self._count
-        if self._latest[index] == line:
-            return True
-        lines = self._sets[index]
-        if line not in lines:
+        lines = self._sets.get(line % self._count)
+        if lines is None or line not in lines:
             return False
         del lines[line]
         lines[line] = None
-        self._latest[index] = line
         return True
 
     def insert(self, line: int) -> int | None:
         """Put it here; returns the line that had to go."""
-        index = line % self._count
-        lines = self._sets[index]
-        victim = next(iter(lines)) if len(lines) == self._ways else None
-        if victim is not None:
+        place = line % self._count
+        lines = self._sets.get(place)
+        if lines is None:
+            self._sets[place] = {line: None}
+            return None
+        victim = None
+        if len(lines) == self._ways:
+            victim = next(iter(lines))
             del lines[victim]
         lines[line] = None
-        self._latest[index] = line
         return victim
 
     def drop(self, line: int) -> None:
-        index = line % self._count
-        self._sets[index].pop(line, None)
-        if self._latest[index] == line:
-            self._latest[index] = -1
+        """Take it out, if it is here."""
+        if lines := self._sets.get(line % self._count):
+            lines.pop(line, None)
+
+    def holds(self, line: int) -> bool:
+        """Whether it is here."""
+        return line in self._sets.get(line % self._count, ())
 
 
 class Memory:
@@ -101,7 +103,7 @@ class Memory:
         state = self._copies.get(line, {}).get(processor)
         return state is not None and (state != "S" or not write)
 
-    def access(self, processor: int, line: int, now: int, *, write: bool = False) -> tuple[int, list[int]]:
+    def access(self, processor: int, line: int, now: int, *, write: bool = False) -> tuple[int, Sequence[int]]:
         """Make an access.
 
         Args:
@@ -113,11 +115,18 @@ class Memory:
         Returns:
             When it is done, and the processors that lost their copies by it.
         """
-        latency = self.hit(processor, line, write)
-        return (now + latency, []) if latency else self.miss(processor, line, now, write)
+        if latency := self.hit(processor, line, write=write):
+            return now + latency, _NOBODY
+        counts = self.counts[processor]
+        counts.accesses += 1
+        done, lost = self._over_the_bus(processor, line, now, write=write)
+        counts.stalled += done - now
+        if self._check:
+            self.verify(line)
+        return done, lost
 
-    def hit(self, processor: int, line: int, write: bool) -> int:
-        """Make an access if it is local; returns its latency, else 0."""
+    def hit(self, processor: int, line: int, *, write: bool = False) -> int:
+        """Make an access if it needs nothing of anybody else: the cycles that it takes. 0: it does, and is not made."""
         copies = self._copies.get(line)
         state = copies.get(processor) if copies else None
         if copies is None or state is None or (write and state == "S"):
@@ -133,15 +142,45 @@ class Memory:
             self.verify(line)
         return latency
 
-    def miss(self, processor: int, line: int, now: int, write: bool) -> tuple[int, list[int]]:
-        """Make an access that is not local; returns what `access` does."""
-        done, lost = self._over_the_bus(processor, line, now, write=write)
-        counts = self.counts[processor]
-        counts.accesses += 1
+    def claim(self, processor: int, first: int, count: int, now: int) -> int:
+        """Make lines of zeros, one after the other, without reading them (the PowerPC's ``dcbz``); the next waits for
+        the bus alone.
+
+        Args:
+            processor: whose.
+            first: the first line.
+            count: how many.
+            now: when, in cycles.
+
+        Returns:
+            When all are done.
+        """
+        machine, counts = self._machine, self.counts[processor]
+        at = now
+        for line in range(first, first + count):
+            if latency := self.hit(processor, line, write=True):
+                at += latency
+                continue
+            counts.accesses += 1
+            counts.upgrades += 1
+            start = max(at, self._bus_free, self._arrives.get(line, 0))
+            self._bus_free = at = start + machine.bus_address
+            copies = self._copies.get(line)
+            if copies:
+                for other in [other for other in copies if other != processor]:
+                    self._take_from(other, line)
+            else:
+                copies = self._copies[line] = {}
+            if processor in copies:
+                self._from_own(processor, line)
+            else:
+                self._hold(processor, line)
+            copies[processor] = "M"
+            if self._check:
+                self.verify(line)
+        done = at + machine.upgrade
         counts.stalled += done - now
-        if self._check:
-            self.verify(line)
-        return done, lost
+        return done
 
     def _from_own(self, processor: int, line: int) -> int:
         self._last[processor] = line
@@ -151,7 +190,7 @@ class Memory:
         self._l1[processor].insert(line)
         return self._machine.l2.latency
 
-    def _over_the_bus(self, processor: int, line: int, now: int, *, write: bool) -> tuple[int, list[int]]:
+    def _over_the_bus(self, processor: int, line: int, now: int, *, write: bool) -> tuple[int, Sequence[int]]:
         machine, counts = self._machine, self.counts[processor]
         copies = self._copies.setdefault(line, {})
         others = [other for other in copies if other != processor]
@@ -168,7 +207,7 @@ class Memory:
             latency = machine.memory
         self._bus_free = start + occupied
         done = start + latency
-        lost: list[int] = []
+        lost: Sequence[int] = _NOBODY
         if write:
             for other in others:
                 self._take_from(other, line)

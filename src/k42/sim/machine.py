@@ -43,6 +43,7 @@ class Machine:
         bus_data: how much longer a line keeps it.
         atomic: between the load and the store of an atomic change.
         call: of a round trip to a server in another address space, on one processor.
+        jitter: how much longer or shorter a call may be, by chance.
         instructions: computing that goes with one access to what `Simulation.share` charges for.
     """
 
@@ -59,6 +60,7 @@ class Machine:
     bus_data: int
     atomic: int
     call: int
+    jitter: int
     instructions: int = 4
 
     def __post_init__(self) -> None:
@@ -83,19 +85,23 @@ S85 = Machine(
     memory=250,
     intervention=300,
     upgrade=100,
-    bus_address=10,
+    bus_address=13,
     bus_data=20,
     atomic=10,
     call=1193,
+    jitter=80,
     instructions=4,
 )
 """The machine of the paper (section 5.1.1): IBM pSeries 680, 24 RS64-IV of 600 MHz, bus with distributed snooping,
 128 KB two-way first-level data cache with lines of 128 bytes; a call to a server takes 1193 cycles (section 1.1).
 
-Not in the paper: the second level's size, ways and latency; the latencies of memory and of other caches; the bus. They
-are estimates, chosen so that figure 1 comes out roughly: with 24 processors a call takes 19, 9 and 6 times as long
-(lock, atomic, array) where the paper has about 19, 12 and 6. About one instruction in three accesses memory (Hennessy
-and Patterson), and more than half of those the stack: some four others, of a cycle each, go with one that does not."""
+Not in the paper: the second level's size, ways and latency; the latencies of memory and of other caches; the bus; that
+calls are not all alike. They are estimates, fitted on figure 1 alone: with 24 processors a call takes 19, 12 and 6
+times as long (lock, atomic, array), as in the paper. The least certain is the atomic variant, which fails over and over
+where all want the line at once: a bus that is a tenth faster or slower makes 9 or 16 of its 12.
+
+About one instruction in three accesses memory (Hennessy and Patterson), and more than half of those the stack: some
+four others, of a cycle each, go with one that does not."""
 
 MACHINES = {machine.name: machine for machine in (S85,)}
 

@@ -55,24 +55,19 @@ class Processor:
         line = address // self._line
         clocks = self._clocks
         now = clocks[number] = clocks[number] + cycles
-        if self._users.setdefault(line, number) != number:
-            # Others come first whose time is earlier: also at a hit, since they may take the line away.
-            self._users[line] = SEVERAL
-            self.simulation._let_earlier(number)
-        elif self._ready and self._ready[0][0] < now - AHEAD:
-            self.simulation._let_earlier(number)
         cell.accesses += 1
         if write:
             cell.writers |= 1 << number
-        latency = self._memory.hit(number, line, write)
-        if latency:
-            clocks[number] = now + latency
-            return
-        done, lost = self._memory.miss(number, line, now, write)
-        cell.stalled += done - now
-        clocks[number] = done
-        if lost:
-            self.simulation._wake(line, done)
+        if self._users.setdefault(line, number) != number:
+            self._users[line] = SEVERAL
+        elif not self._ready or self._ready[0][0] >= now - AHEAD:
+            latency = self._memory.hit(number, line, write=write)
+            if latency:
+                clocks[number] = now + latency
+                return
+        # Others come first whose time is earlier: they may take the line away, and the bus is everybody's.
+        self.simulation._let_earlier(number)
+        self.simulation._over_the_bus(cell, number, line, write=write)
 
     def charge(self, cell: Cell, write: bool = False) -> None:
         """Access the word of one cell, with the computing that goes with it."""

@@ -1,20 +1,16 @@
-"""Execution on a simulated multiprocessor: one thread a processor, of which one runs at a time, in simulated time.
+"""Execution on a simulated multiprocessor, of whose processors one runs at a time, in simulated time.
 
-A thread runs on by itself while what it does concerns nobody else: computing, and accesses to lines that no other
-processor has ever accessed, for a bounded time. Before any other access every processor whose clock is behind comes
-first. So a run depends on nothing but the program, the machine and the seed.
-
-Why threads, and not greenlets: to k42 a thread is a processor, so that Clustered Objects have their representatives by
-simulated processor without further ado; and a switch is only due where a line is shared.
+A processor runs on by itself while what it does concerns nobody else: computing, and hits on lines that no other one
+has ever accessed. Before any other access every processor whose clock is behind comes first. So a run depends on
+nothing but the program, the machine and the seed.
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
+import functools
 import heapq
 import random
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -23,7 +19,8 @@ from k42.sim.attribution import Cell, Ledger, Stall
 from k42.sim.charging import Charger, refusals
 from k42.sim.coherence import Counts, Memory
 from k42.sim.machine import Machine
-from k42.sim.processor import Processor, here
+from k42.sim.processor import SEVERAL, Processor, here
+from k42.sim.turns import MAIN, Turns, turns
 
 _Body = Callable[[int], object]
 _T = TypeVar("_T")
@@ -31,10 +28,6 @@ _T = TypeVar("_T")
 
 class Deadlock(Error):
     """All simulated processors wait for each other."""
-
-
-class _Ended(BaseException):
-    """The run ends early: unwinds the threads that are left."""
 
 
 class Simulation:
@@ -61,20 +54,17 @@ class Simulation:
         chance = random.Random(seed)
         self._clocks = [chance.randrange(machine.call) for _ in range(count)]
         self._started = list(self._clocks)
-        # Whose turn it is has the baton: a lock that it alone finds free. All else is changed only with it.
-        self._batons = [threading.Lock() for _ in range(count)]
-        for baton in self._batons:
-            baton.acquire()
-        self._ready: list[tuple[int, int]] = []  # (clock, processor), of those that can go on
+        self._line = machine.line
+        self._me = MAIN  # the processor that runs
+        self._ready: list[tuple[int, int]] = []  # (clock, processor), of those that can go on and do not run
         self._users: dict[int, int] = {}  # line: the processor that alone has ever accessed it, or SEVERAL
         self._spinning: dict[int, list[int]] = {}  # line: processors that look at their copy of it
-        self._running = 0  # processors whose program has not ended
-        self._failure: BaseException | None = None
-        self._over = threading.Event()
+        self._turns: Turns = turns([])
         self._ledger = Ledger()
         self._starts = [0]  # of what was allocated, ascending; and whose it is
         self._owners = [self._ledger.cell(self._ledger.name("elsewhere"), "", 0)]
         self._charger = Charger(self, self._ledger)
+        self._processors = [Processor(self, number, self._charger.records) for number in range(count)]
 
     def allocate(self, size: int, *, padded: bool = False, name: str = "memory") -> int:
         """Return the address of new memory.
@@ -136,7 +126,7 @@ class Simulation:
         """Run `body` on each processor; once.
 
         Args:
-            body: called with the number of its processor, in a thread of its own.
+            body: called with the number of its processor.
 
         Returns:
             The cycles that each processor took.
@@ -146,40 +136,30 @@ class Simulation:
             BaseException: what a body raised; the others end then.
         """
         self._charger.refresh()
-        self._running = self.processors
+        self._turns = turns([functools.partial(self._live, body, number) for number in range(self.processors)])
         self._ready[:] = [(clock, processor) for processor, clock in enumerate(self._clocks)]
         heapq.heapify(self._ready)
-        threads = [
-            threading.Thread(target=self._live, args=(processor, body), name=f"k42-sim-{processor}", daemon=True)
-            for processor in range(self.processors)
-        ]
         with refusals():
-            for thread in threads:
-                thread.start()
             try:
-                self._pass_on()
-                self._over.wait()
-            except BaseException as interrupt:
-                self._end(interrupt)
-            for thread in threads:
-                thread.join()
-        if self._failure is not None:
-            raise self._failure
+                while self._ready:
+                    self._go_on(MAIN)
+                if waiting := self._turns.waiting():
+                    raise Deadlock(f"{waiting} simulated processors wait, and none is left to wake them")
+            finally:
+                self._turns.end()
+                self._me = MAIN
+                here.processor = None
         return [clock - start for clock, start in zip(self._clocks, self._started, strict=True)]
 
     def processor(self) -> int:
-        """Return the processor that this thread is.
+        """Return the processor that runs.
 
         Raises:
-            Error: it is none of this simulation.
+            Error: none does.
         """
-        return self._here().number
-
-    def _here(self) -> Processor:
-        processor = here.processor
-        if processor is None or processor.simulation is not self:
-            raise Error("this thread is no processor of the simulation")
-        return processor
+        if self._me < 0:
+            raise Error("this is no processor of the simulation")
+        return self._me
 
     def now(self) -> int:
         """Return this processor's time, in cycles."""
@@ -208,6 +188,21 @@ class Simulation:
                 break
         self._access(address, write=True)
 
+    def claim(self, address: int, size: int) -> None:
+        """Make zeros of whole lines without reading them; see `Memory.claim`."""
+        processor, line = self.processor(), self.machine.line
+        first, end = address // line, -(-(address + size) // line)
+        for number in range(first, end):
+            if self._users.setdefault(number, processor) != processor:
+                self._users[number] = SEVERAL
+        self._let_earlier(processor)
+        counts, owner = self._memory.counts[processor], self._owners[bisect.bisect_right(self._starts, address) - 1]
+        before = counts.accesses, counts.stalled
+        self._clocks[processor] = self._memory.claim(processor, first, end - first, self._clocks[processor])
+        owner.accesses += counts.accesses - before[0]
+        owner.stalled += counts.stalled - before[1]
+        owner.writers |= 1 << processor
+
     def spin(self, address: int, until: Callable[[], bool]) -> None:
         """Look at a word until it is as wanted. Looking again costs nothing until somebody has written to its line."""
         processor, line = self.processor(), address // self.machine.line
@@ -215,8 +210,7 @@ class Simulation:
         while not until():
             if self._memory.is_local(processor, line):
                 self._spinning.setdefault(line, []).append(processor)
-                self._pass_on()
-                self._await_turn(processor)
+                self._go_on(processor)
             self.load(address)
 
     def counts(self) -> list[Counts]:
@@ -224,56 +218,55 @@ class Simulation:
         return self._memory.counts
 
     def _access(self, address: int, *, write: bool = False) -> None:
+        processor, line = self._me, address // self._line
+        if processor < 0:
+            raise Error("this is no processor of the simulation")
         owner = self._owners[bisect.bisect_right(self._starts, address) - 1]
-        self._here().access(address, owner, write)
+        owner.accesses += 1
+        if write:
+            owner.writers |= 1 << processor
+        if self._users.setdefault(line, processor) != processor:
+            self._users[line] = SEVERAL
+        elif latency := self._memory.hit(processor, line, write=write):
+            self._clocks[processor] += latency
+            return
+        # Others come first whose time is earlier: they may take the line away, and the bus is everybody's.
+        self._let_earlier(processor)
+        self._over_the_bus(owner, processor, line, write=write)
+
+    def _over_the_bus(self, owner: Cell, processor: int, line: int, *, write: bool) -> None:
+        """Make an access to which others may have something to say, at its time."""
+        counts = self._memory.counts[processor]
+        before = counts.stalled
+        done, lost = self._memory.access(processor, line, self._clocks[processor], write=write)
+        owner.stalled += counts.stalled - before
+        self._clocks[processor] = done
+        if lost and line in self._spinning:
+            self._wake(line, done)
 
     def _wake(self, line: int, when: int) -> None:
-        for waiting in self._spinning.pop(line, ()):
+        for waiting in self._spinning.pop(line):
             self._clocks[waiting] = max(self._clocks[waiting], when)
             heapq.heappush(self._ready, (self._clocks[waiting], waiting))
 
     # Turns.
 
-    def _live(self, processor: int, body: _Body) -> None:
-        here.processor = Processor(self, processor, self._charger.records)
-        with contextlib.suppress(_Ended):
-            try:
-                self._await_turn(processor)
-                body(processor)
-                self._running -= 1
-                self._pass_on()
-            except _Ended:
-                raise
-            except BaseException as failure:
-                self._end(failure)
-
     def _let_earlier(self, processor: int) -> None:
-        if self._failure is not None:
-            raise _Ended
         mine = (self._clocks[processor], processor)
         if self._ready and self._ready[0] < mine:
-            following = heapq.heapreplace(self._ready, mine)[1]
-            self._batons[following].release()
-            self._await_turn(processor)
+            self._switch(processor, heapq.heapreplace(self._ready, mine)[1])
 
-    def _pass_on(self) -> None:
-        if self._ready:
-            self._batons[heapq.heappop(self._ready)[1]].release()
-        elif self._running:
-            self._end(Deadlock(f"{self._running} simulated processors wait, and none is left to wake them"))
-        else:
-            self._over.set()
+    def _go_on(self, me: int) -> None:
+        """Lets who comes first go on: without me, who am not ready. If there is nobody, `run` says so."""
+        self._switch(me, heapq.heappop(self._ready)[1] if self._ready else MAIN)
 
-    def _await_turn(self, processor: int) -> None:
-        self._batons[processor].acquire()
-        if self._failure is not None:
-            raise _Ended
+    def _switch(self, me: int, to: int) -> None:
+        self._me = to
+        # Several processors may be one thread. Who comes back to be unwound pays for nothing any more.
+        here.processor = None
+        self._turns.switch(me, to)
+        here.processor = None if me == MAIN else self._processors[me]
 
-    def _end(self, failure: BaseException) -> None:
-        if self._failure is None:
-            self._failure = failure
-        heapq.heappush(self._ready, (-1, -1))  # who runs alone is to look, too
-        for baton in self._batons:
-            with contextlib.suppress(RuntimeError):  # free already
-                baton.release()
-        self._over.set()
+    def _live(self, body: _Body, number: int) -> None:
+        here.processor = self._processors[number]
+        body(number)
