@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from k42.errors import Error
 from k42.sim import S85, Deadlock, Simulation
+from k42.structures import Counter
 
 
 class Plain:
@@ -510,6 +511,7 @@ def a_socket() -> socket.socket:
         (queue.SimpleQueue, "SimpleQueue cannot"),
         (a_socket, "socket cannot"),
         (asyncio.Event, "asyncio.*cannot be simulated: write what it does as a function"),
+        (Counter.create, "DistributedCounter, a Clustered Object, cannot be simulated"),
         (a_file, "a file .* cannot be simulated: read it before"),
     ],
 )

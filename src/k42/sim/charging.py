@@ -19,7 +19,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from k42._native import retype
+from k42._native import Reference, retype
 from k42.errors import Error
 from k42.sim.containers import ATOMS, Record, family, steady_hash
 from k42.sim.locks import StandIn
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 _LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
-_HEAP, _FINAL, _IMMUTABLE = 1 << 9, 1 << 10, 1 << 8  # flags of types; without the second there are no subclasses
+_HEAP, _BASE, _IMMUTABLE = 1 << 9, 1 << 10, 1 << 8  # flags of types; without the second there are no subclasses
 
 # What would wait outside of the simulation, by the module of a class; and what to do instead.
 _REFUSED = {
@@ -61,6 +61,11 @@ def refuse(value: object) -> None:
     kind = type(value)
     if isinstance(value, io.IOBase) and not isinstance(value, (io.BytesIO, io.StringIO)):
         raise Error(f"a file ({kind.__qualname__}) cannot be simulated: {_FILE}")
+    if isinstance(value, Reference):
+        raise Error(
+            f"{kind.__qualname__}, a Clustered Object, cannot be simulated, as its representatives are of the processors "
+            "that there are: share a model of it, such as those of k42.sim.models"
+        )
     for cls in kind.__mro__:
         advice = _REFUSED.get(cls.__module__.partition(".")[0])
         if advice is not None:
@@ -251,7 +256,7 @@ def _instance_dict(target: object) -> dict[str, Any]:
 def _of_user(cls: type) -> bool:
     """Whether it is an ordinary class, written in Python, and not of the standard library."""
     flags = cls.__flags__
-    if not flags & _HEAP or not flags & _FINAL or flags & _IMMUTABLE:
+    if not flags & _HEAP or not flags & _BASE or flags & _IMMUTABLE:
         return False
     module = cls.__module__
     if module in _SIMULATING:

@@ -135,6 +135,7 @@ class Simulation:
             Deadlock: all wait for each other.
             BaseException: what a body raised; the others end then.
         """
+        around = here.processor  # a processor of another simulation may run this one
         self._charger.refresh()
         self._turns = turns([functools.partial(self._live, body, number) for number in range(self.processors)])
         self._ready[:] = [(clock, processor) for processor, clock in enumerate(self._clocks)]
@@ -148,7 +149,7 @@ class Simulation:
             finally:
                 self._turns.end()
                 self._me = MAIN
-                here.processor = None
+                here.processor = around
         return [clock - start for clock, start in zip(self._clocks, self._started, strict=True)]
 
     def processor(self) -> int:
