@@ -89,6 +89,8 @@ class Record:
 class Sequence(Record):
     """A list or an array."""
 
+    wraps = False
+
     def __init__(
         self, charger: Charger, target: Any, named: Named, part: str, padded: bool, base: type, unit: int
     ) -> None:
@@ -125,8 +127,11 @@ class Sequence(Record):
     def scan(self, processor: Processor, indices: Iterable[int], write: bool = False) -> None:
         """Access elements, and each line once as long as they are neighbours."""
         line, before = processor.simulation.machine.line, -1
-        for index in indices:
-            address = self.address(index)
+        addresses: Iterable[int] = map(self.address, indices)
+        if indices and not self.wraps and isinstance(indices, range) and indices.step == 1:  # the short way
+            first, last = self.address(indices[0]), self.address(indices[-1])
+            addresses = (first, *range((first // line + 1) * line, last + 1, line))
+        for address in addresses:
             if address // line != before:
                 before = address // line
                 processor.access(address, self.elements, write, processor.instructions)
@@ -164,6 +169,7 @@ class Sequence(Record):
 class Ring(Sequence):
     """A deque: elements from `left` on, around the end."""
 
+    wraps = True
     left = 0
 
     def _grow(self, count: int) -> None:
