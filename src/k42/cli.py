@@ -174,7 +174,7 @@ def sim(
         typer.Option(
             parser=parse_processors,
             metavar="N,...",
-            help="How many there are.",
+            help="How many there are, beside one alone.",
             show_default="powers of two, and all that the machine has",
         ),
     ] = None,
@@ -201,7 +201,7 @@ def sim(
     if not file or not name:
         raise typer.BadParameter(f"{function!r} is not a file and a function of it, such as work.py:work")
     where = load(machine)
-    counts = processors or powers(where.processors)
+    counts = sorted({1, *(processors or powers(where.processors))})
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:

@@ -10,7 +10,8 @@ class Stall:
     """What the accesses to one attribute, or to one part of a container, came to.
 
     Attributes:
-        object: the object's name or class, with a number where there are several.
+        kind: the object's name or class.
+        number: which one of that name it is, from 1; 0 where it is the only one.
         attribute: of the object; `a.length` and `a[]` are the header and the elements of the container that `a` holds.
             Empty for memory from `Simulation.allocate`.
         accesses: how many there were.
@@ -19,7 +20,8 @@ class Stall:
         writers: how many processors wrote it.
     """
 
-    object: str
+    kind: str
+    number: int
     attribute: str
     accesses: int
     stalled: int
@@ -27,10 +29,23 @@ class Stall:
     writers: int
 
     @property
+    def object(self) -> str:
+        """The object's name or class, with its number where there are several."""
+        return f"{self.kind} {self.number}" if self.number else self.kind
+
+    @property
     def label(self) -> str:
         """Object and attribute, as a program would write them."""
-        dot = "." if self.attribute and not self.attribute.startswith(("[", ".")) else ""
-        return f"{self.object}{dot}{self.attribute}"
+        return f"{self.object}{self._attribute}"
+
+    @property
+    def common_label(self) -> str:
+        """The same for all objects of the name."""
+        return f"{self.kind}{self._attribute}"
+
+    @property
+    def _attribute(self) -> str:
+        return f".{self.attribute}" if self.attribute and self.attribute[0] not in "[." else self.attribute
 
 
 class Named:
@@ -77,16 +92,16 @@ class Ledger:
 
     def rows(self) -> list[Stall]:
         """Return what was accessed; who cost most comes first."""
-        sums: dict[tuple[str, str], tuple[int, int, int]] = {}
+        sums: dict[tuple[str, int, str], tuple[int, int, int]] = {}
         for cell in self._cells:
             if cell.accesses:
                 text, number = cell.named.text, cell.named.number
-                key = (f"{text} {number}" if self._numbers[text] > 1 else text, cell.part)
+                key = text, number if self._numbers[text] > 1 else 0, cell.part
                 accesses, stalled, writers = sums.get(key, (0, 0, 0))
                 sums[key] = accesses + cell.accesses, stalled + cell.stalled, writers | cell.writers
         total = sum(stalled for _, stalled, _ in sums.values())
         rows = [
-            Stall(name, part, accesses, stalled, stalled / total if total else 0.0, writers.bit_count())
-            for (name, part), (accesses, stalled, writers) in sums.items()
+            Stall(kind, number, part, accesses, stalled, stalled / total if total else 0.0, writers.bit_count())
+            for (kind, number, part), (accesses, stalled, writers) in sums.items()
         ]
-        return sorted(rows, key=lambda row: (-row.stalled, row.object, row.attribute))
+        return sorted(rows, key=lambda row: (-row.stalled, row.kind, row.number, row.attribute))

@@ -47,8 +47,8 @@ class Scaling:
         return sum(cycles) / len(cycles) / self.machine.mhz
 
     def speed_up(self, processors: int) -> float:
-        """Return how much more is done in the same time: n × t(1) / t(n); where 1 was not asked for, the least is 1."""
-        return processors * self.time(min(self.cycles)) / self.time(processors)
+        """Return how much more is done in the same time: n × t(1) / t(n)."""
+        return processors * self.time(1) / self.time(processors)
 
     @property
     def stalled(self) -> float:
@@ -58,10 +58,16 @@ class Scaling:
     def findings(self) -> list[str]:
         """Return sentences that say what the most processors wait for."""
         said = [f"With {_counted(max(self.cycles))}, {self.stalled:.0%} of the time is stalls."]
-        for row in self.stalls[:3]:
-            if row.share >= _MATTERS:
-                by = f"written by {_counted(row.writers)}" if row.writers else "written by none: others share its line"
-                said.append(f"{row.label}: {row.share:.0%} of stalls, {by}.")
+        alike: dict[str, list[Stall]] = {}
+        for row in self.stalls:
+            alike.setdefault(row.common_label, []).append(row)
+        shares = {label: sum(row.share for row in rows) for label, rows in alike.items()}
+        for label, rows in sorted(alike.items(), key=lambda item: -shares[item[0]])[:3]:
+            if shares[label] >= _MATTERS:
+                writers = max(row.writers for row in rows)
+                by = f"written by {_counted(writers)}" if writers else "written by none, but maybe what is on its line"
+                objects = f" of {len(rows)} objects" if len(rows) > 1 else ""
+                said.append(f"{label}{objects}: {shares[label]:.0%} of stalls, {'each ' if objects else ''}{by}.")
         return said
 
     def records(self) -> list[Record]:
@@ -134,7 +140,7 @@ def scale(
         work: called once on each processor: ``work(shared, processor)`` if there is `make`, else ``work(processor)``.
         make: makes what is shared, anew for each number of processors; None: `work` keeps what it finds from one to
             the next.
-        processors: how many; None: powers of two, and all that the machine has.
+        processors: how many, beside one alone; None: powers of two, and all that the machine has.
         machine: on what: its name, the TOML file that describes it, or itself.
         padded: put each object and container on lines of its own: what is slow no more shared only lines.
         seed: of what varies by chance.
@@ -205,7 +211,7 @@ def _scale(
     progress: Callable[[int], object] | None,
 ) -> Scaling:
     where = machine if isinstance(machine, Machine) else load(machine)
-    counts = sorted(set(processors or powers(where.processors)))
+    counts = sorted({1, *(processors or powers(where.processors))})
     for count in counts:
         Simulation(where, count)  # before any of them has run: whether it has so many
     cycles: dict[int, list[int]] = {}
