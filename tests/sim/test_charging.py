@@ -401,6 +401,18 @@ def test_a_hot_attribute_is_named():
     assert worst.share > 0.9
 
 
+def test_who_comes_first_does_not_run_ahead():
+    # Nobody else has accessed the line yet, but somebody will, before the first one is done.
+    top = Plain()
+
+    def body(_: int) -> None:
+        for _ in range(1000):
+            top.n += 1
+
+    sim = on(2, body, top)
+    assert all(counts.interventions > 50 for counts in sim.counts())
+
+
 def test_memory_has_names_too():
     sim = Simulation(S85, 2)
     words = [sim.allocate(8, padded=True, name="word") for _ in range(2)]

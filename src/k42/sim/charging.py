@@ -63,8 +63,8 @@ def refuse(value: object) -> None:
         raise Error(f"a file ({kind.__qualname__}) cannot be simulated: {_FILE}")
     if isinstance(value, Reference):
         raise Error(
-            f"{kind.__qualname__}, a Clustered Object, cannot be simulated, as its representatives are of the processors "
-            "that there are: share a model of it, such as those of k42.sim.models"
+            f"{kind.__qualname__}, a Clustered Object, cannot be simulated, as its representatives are of real "
+            "processors: share a model of it, such as those of k42.sim.models"
         )
     for cls in kind.__mro__:
         advice = _REFUSED.get(cls.__module__.partition(".")[0])

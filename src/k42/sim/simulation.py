@@ -147,6 +147,7 @@ class Simulation:
                 if waiting := self._turns.waiting():
                     raise Deadlock(f"{waiting} simulated processors wait, and none is left to wake them")
             finally:
+                self._ready[:] = [(-1, MAIN)]  # who still runs, on a thread of its own, comes to its end by that
                 self._turns.end()
                 self._me = MAIN
                 here.processor = around
