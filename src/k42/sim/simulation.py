@@ -135,8 +135,11 @@ class Simulation:
         for number in range(first, end):
             if self._users.setdefault(number, processor) != processor:
                 self._users[number] = _SEVERAL
-        self._let_earlier(processor)
-        self._clocks[processor] = self._memory.claim(processor, first, end - first, self._clocks[processor])
+        for start in range(first, end, self.machine.outstanding):
+            self._let_earlier(processor)
+            count = min(self.machine.outstanding, end - start)
+            self._clocks[processor] = self._memory.claim(processor, start, count, self._clocks[processor])
+        self._clocks[processor] += self.machine.upgrade
 
     def spin(self, address: int, until: Callable[[], bool]) -> None:
         """Look at a word until it is as wanted. Looking again costs nothing until somebody has written to its line."""
