@@ -426,7 +426,7 @@ PyObject* read_in(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
     vm::FileCache& cache = cache_of(self);
     if (cache.source()) {
         Detached detached;
-        first = vm::read_in(cache, first, end, owner);
+        first = vm::read_in(cache, first, end, {owner}).reached;
     }
     return PyLong_FromUnsignedLongLong(first);
 }

@@ -800,7 +800,7 @@ void real_file_read_natively(uint64_t budget, int reads) {
             } else if (who == kReaders + 2) {
                 const uint64_t first = random.below(kPages);
                 const uint64_t end = std::min(first + 1 + random.below(100), kPages);
-                const uint64_t reached = read_in(world.cache, first, end, 0);
+                const uint64_t reached = read_in(world.cache, first, end, {}).reached;
                 CHECK(reached >= first && reached <= end);
             } else {
                 read_ahead.advise(Source::Pattern(random.below(3)));

@@ -92,7 +92,6 @@ def test_the_simulated_machine_is_refused() -> None:
         ["serve", "--budget", "12X"],
         ["serve", "--linger", "-1"],
         ["experiment", "faults", "--processors", "none"],
-        ["experiment", "faults", "--machine", "cray"],
         ["experiment"],
         ["nonsense"],
     ],

@@ -11,36 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k42.errors import Error
-from k42.sim import MACHINES, S85, Cache, Deadlock, Machine, QueueLock, Simulation, SpinLock, TicketLock, load
+from k42.sim import MACHINES, S85, Cache, Deadlock, QueueLock, Simulation, SpinLock, TicketLock, load
 from k42.sim.coherence import Memory
 
 SMALL = dataclasses.replace(S85, l1=Cache(4 * 128, 2, 1), l2=Cache(8 * 128, 2, 10))
 LOCKS = [SpinLock, TicketLock, QueueLock]
-
-
-def time_per_call(machine: Machine, variant: str, processors: int, calls: int = 40) -> float:
-    """Cycles of a call that adds to a counter (figure 1)."""
-    sim = Simulation(machine, processors)
-    lock = QueueLock(sim)
-    common = sim.allocate(8, padded=True)
-    array = sim.allocate(4 * processors, padded=True)
-    padded = [sim.allocate(8, padded=True) for _ in range(processors)]
-
-    def body(processor: int) -> None:
-        for _ in range(calls):
-            sim.work(machine.call)
-            if variant == "atomic":
-                sim.update(common)
-                continue
-            counter = {"lock": common, "array": array + 4 * processor, "padded": padded[processor]}[variant]
-            if variant == "lock":
-                lock.acquire()
-            sim.load(counter)
-            sim.store(counter)
-            if variant == "lock":
-                lock.release()
-
-    return sum(sim.run(body)) / processors / calls
 
 
 @settings(max_examples=60, deadline=None)
@@ -155,16 +130,6 @@ def traffic(seed: int) -> Any:
 def test_the_same_seed_gives_the_same_run():
     assert traffic(1) == traffic(1)
     assert traffic(1) != traffic(2)
-
-
-def test_figure_1():
-    # Its order, and its shape: flat where nothing is shared, ever worse where something is.
-    at = {v: [time_per_call(S85, v, n) / S85.call for n in (1, 8, 24)] for v in ("lock", "atomic", "array", "padded")}
-    for variant, (one, eight, all_of_them) in at.items():
-        assert one < 1.1
-        assert (eight < 1.1 and all_of_them < 1.1) if variant == "padded" else 1.2 < eight < all_of_them / 2
-    for variant, paper in ("lock", 19), ("atomic", 12), ("array", 6):
-        assert at[variant][2] == pytest.approx(paper, rel=0.15)
 
 
 def test_errors_of_the_program_end_the_run():

@@ -59,21 +59,28 @@ bool whole(uint64_t length, Call&& call) {
     return true;
 }
 
+// What an account may have; 0: its client has gone.
+uint64_t limit_of(FramePool& pool, uint16_t number) {
+    const runtime::Within within;
+    const Account* account = pool.accounts().find(number);
+    return account && account->open() ? account->limit() : 0;
+}
+
 // Frames for pages of this account. Where there are none free: those of clean pages of this file, as long as it is
 // plain whose; else Python asks all, and waits.
-bool take_frames(FileCache& cache, uint32_t count, uint16_t owner) {
+bool take_frames(FileCache& cache, uint32_t count, Payer payer) {
     FramePool& pool = cache.pool();
+    const uint16_t owner = payer.account;
     const bool thorough = cache.source()->pattern() != Source::Pattern::sequential;
-    const auto take = [&] { return pool.allocate(count, cache.backing(), owner); };
+    const auto take = [&] {
+        const runtime::Within within;  // so that the number stays the client's
+        if (payer.client && payer.client->retired()) return FramePool::Grant::limited;
+        return pool.allocate(count, cache.backing(), owner);
+    };
     FramePool::Grant grant = take();
     if (grant == FramePool::Grant::limited) {
         // Not the last ones: an access may need two pages, and what came with them.
-        const uint64_t limit = [&] {
-            const runtime::Within within;
-            const Account* account = pool.accounts().find(owner);
-            return account ? account->limit() : 0;
-        }();
-        if (count <= limit / 4 && cache.reclaim(count, thorough, owner).given) grant = take();
+        if (count <= limit_of(pool, owner) / 4 && cache.reclaim(count, thorough, owner).given) grant = take();
     } else if (grant == FramePool::Grant::reclaim && pool.accounts().refresh()) {
         const uint64_t wanted = std::max<uint64_t>(count, kReclaim);
         if (cache.reclaim(wanted, thorough, FileCache::kAboveShare).given) grant = take();
@@ -272,15 +279,16 @@ void Reader::give_up(const ReadJob& job) {
     let_go(job);
 }
 
-bool fill_run(FileCache& cache, PageTable::Run run, uint16_t owner) {
+bool fill_run(FileCache& cache, PageTable::Run run, Payer payer) {
     const Source& source = *cache.source();
-    const bool granted = take_frames(cache, run.count, owner);
+    const bool granted = take_frames(cache, run.count, payer);
     if (granted && source.fill(cache.memfd(), run.first, run.count)) return true;
-    cache.abort_io(run, granted ? run.count : 0, owner);
+    cache.abort_io(run, granted ? run.count : 0, payer.account);
     return false;
 }
 
-uint64_t read_in(FileCache& cache, uint64_t first, uint64_t end, uint16_t owner) {
+ReadIn read_in(FileCache& cache, uint64_t first, uint64_t end, Payer payer) {
+    uint64_t pages = 0;
     while (first < end) {
         const auto count = uint32_t(std::min<uint64_t>(end - first, Source::kMostPages));
         const PageTable::Run run = cache.begin_fill({first, count});
@@ -288,18 +296,19 @@ uint64_t read_in(FileCache& cache, uint64_t first, uint64_t end, uint16_t owner)
             first += count;
             continue;
         }
-        if (!fill_run(cache, run, owner)) return run.first;
-        cache.complete_io(nullptr, run.first, run, 0, 0, false, owner);
+        if (!fill_run(cache, run, payer)) return {run.first, pages};
+        cache.complete_io(nullptr, run.first, run, 0, 0, false, payer.account);
+        pages += run.count;
         first = run.first + run.count;
     }
-    return end;
+    return {first, pages};
 }
 
 // False: the pages are absent again.
 bool Reader::read(const ReadJob& job) {
     FileCache& cache = *job.cache;
     const uint16_t owner = job.fault.hat->account();
-    if (!fill_run(cache, job.run, owner)) return false;
+    if (!fill_run(cache, job.run, {owner, job.fault.hat})) return false;
     FaultAt fault = job.fault;
     runtime::Processor& processor = runtime::current();
     runtime::enter(processor);
@@ -346,18 +355,22 @@ void Prefetcher::push(FileCache& cache, uint64_t page, uint32_t missed, Hat& cli
 
 void Prefetcher::stop() {
     std::vector<std::thread> threads;
+    std::deque<Job> jobs;
     {
         std::lock_guard guard(lock_);
         stopped_ = true;
         threads.swap(threads_);
+        jobs.swap(jobs_);
     }
     filled_.notify_all();
     for (std::thread& thread : threads) thread.join();
-    for (const Job& job : jobs_) let_go(job);  // nobody pushes any more
-    jobs_.clear();
+    for (const Job& job : jobs) let_go(job);
 }
 
 void Prefetcher::serve() {
+    // It was started by a fault server, which is bound to a CPU.
+    cpu_set_t all;
+    if (sched_getaffinity(getpid(), sizeof all, &all) == 0) pthread_setaffinity_np(pthread_self(), sizeof all, &all);
     pthread_setname_np(pthread_self(), "k42-read-ahead");
     std::unique_lock guard(lock_);
     for (;;) {
@@ -391,11 +404,21 @@ void Prefetcher::read(const Job& job) {
     ReadAhead& policy = source.read_ahead_;
     const auto ahead = job.missed ? policy.missed(job.page, job.missed) : policy.touched(job.page);
     if (!ahead) return;
-    cache.set_marker(&rest_, source.id_, ahead->marker);
-    const uint64_t end = std::min(ahead->first + ahead->count, cache.pages());
-    const uint64_t reached = read_in(cache, ahead->first, end, job.client->account());
-    source.pages_ahead_.fetch_add(reached - ahead->first, std::memory_order_relaxed);
-    if (reached < end) rest_.push({source.id_, reached, job.client->id(), uint32_t(end - reached)});
+    Hat& client = *job.client;
+    // A window that fills the client's limit would push out what it has brought in.
+    const uint64_t most = std::max<uint64_t>(1, limit_of(cache.pool(), client.account()) / 4);
+    const uint64_t end = std::min({ahead->first + ahead->count, ahead->first + most, cache.pages()});
+    if (end <= ahead->first) return;
+    cache.set_marker(&rest_, source.id_, std::min(ahead->marker, end - 1));
+    for (uint64_t first = ahead->first; first < end;) {
+        // Nobody waits for it.
+        if (client.retired() || source.closing_.load(std::memory_order_relaxed)) return;
+        const uint64_t to = std::min<uint64_t>(first + Source::kMostPages, end);
+        const ReadIn read = read_in(cache, first, to, {client.account(), &client});
+        source.pages_ahead_.fetch_add(read.pages, std::memory_order_relaxed);
+        if (read.reached < to) return rest_.push({source.id_, read.reached, client.id(), uint32_t(end - read.reached)});
+        first = to;
+    }
 }
 
 void Prefetcher::let_go(const Job& job) {

@@ -76,8 +76,10 @@ class Source {
         std::lock_guard guard(lock_);
         if (active_.fetch_sub(1, std::memory_order_relaxed) == 1) idle_.notify_all();
     }
-    // Waits for all who have begun. No region shows the file any more, so nobody begins.
+    // Waits for all who have begun; what is only read ahead ends soon. No region shows the file any more, so nobody
+    // begins.
     void drain() {
+        closing_.store(true, std::memory_order_relaxed);
         std::unique_lock guard(lock_);
         idle_.wait(guard, [&] { return active_.load(std::memory_order_relaxed) == 0; });
     }
@@ -92,7 +94,7 @@ class Source {
     // Misses far from all recent ones, less kNear for each that was near one, after which single pages are read: where
     // each page is wanted alone, its neighbours cost twice its time. Linux does so after as many (MMAP_LOTSAMISS).
     static constexpr uint32_t kManyStrays = 100, kNear = 8;
-    static constexpr uint64_t kReach = 32;  // pages: _MAX_STRIDE in src/k42/vm/readahead.py
+    static constexpr uint64_t kReach = 32;  // pages: ReadAhead::kMostStride
 
     // As of a moment; two moments that differ, or a first one that is odd, had a write of ours between.
     uint64_t writes() const {
@@ -112,6 +114,7 @@ class Source {
     std::atomic<uint64_t> writing_{0}, writes_{0};
 
     std::atomic<uint64_t> active_{0};
+    std::atomic<bool> closing_{false};
     std::mutex lock_;  // orders the last end() and drain(); a leaf
     std::condition_variable idle_;
 
@@ -134,12 +137,22 @@ struct ReadJob {
     PageTable::Run run{0, 0};
 };
 
-// For who has marked a run as in I/O: takes frames for it on this account, and fills them. False: neither, and it is
-// absent again.
-bool fill_run(FileCache& cache, PageTable::Run run, uint16_t owner);
+// On whose account frames are taken: its number, and the client whose it is, if it may go meanwhile, and another get
+// the number.
+struct Payer {
+    uint16_t account = 0;
+    const Hat* client = nullptr;
+};
 
-// Brings in the absent pages of the range one after the other, for no fault. Where it ended: before what is not plain.
-uint64_t read_in(FileCache& cache, uint64_t first, uint64_t end, uint16_t owner);
+// For who has marked a run as in I/O: takes frames for it, and fills them. False: neither, and it is absent again.
+bool fill_run(FileCache& cache, PageTable::Run run, Payer payer);
+
+// Brings in the absent pages of the range one after the other, for no fault.
+struct ReadIn {
+    uint64_t reached;  // where it ended: before what is not plain
+    uint64_t pages;    // that were absent
+};
+ReadIn read_in(FileCache& cache, uint64_t first, uint64_t end, Payer payer);
 
 // The jobs of one CPU, and its threads, which come as they are needed.
 class Reader {

@@ -143,8 +143,7 @@ class Memory:
         return latency
 
     def claim(self, processor: int, first: int, count: int, now: int) -> int:
-        """Make lines of zeros, one after the other, without reading them (the PowerPC's ``dcbz``); the next waits for
-        the bus alone.
+        """Make lines of zeros, one after the other, without reading them (the PowerPC's ``dcbz``).
 
         Args:
             processor: whose.
@@ -153,7 +152,7 @@ class Memory:
             now: when, in cycles.
 
         Returns:
-            When all are done.
+            When the bus has taken the last one.
         """
         machine, counts = self._machine, self.counts[processor]
         at = now
@@ -178,9 +177,8 @@ class Memory:
             copies[processor] = "M"
             if self._check:
                 self.verify(line)
-        done = at + machine.upgrade
-        counts.stalled += done - now
-        return done
+        counts.stalled += at - now
+        return at
 
     def _from_own(self, processor: int, line: int) -> int:
         self._last[processor] = line

@@ -41,6 +41,7 @@ class Machine:
         upgrade: until the other copies of a line that is written to are invalid.
         bus_address: how long a transaction keeps the bus from others, without data.
         bus_data: how much longer a line keeps it.
+        outstanding: how many stores of a processor are on their way at a time.
         atomic: between the load and the store of an atomic change.
         call: of a round trip to a server in another address space, on one processor.
         jitter: how much longer or shorter a call may be, by chance.
@@ -58,6 +59,7 @@ class Machine:
     upgrade: int
     bus_address: int
     bus_data: int
+    outstanding: int
     atomic: int
     call: int
     jitter: int
@@ -68,7 +70,7 @@ class Machine:
             cache: Cache = getattr(self, level)
             if cache.ways < 1 or cache.size < self.line * cache.ways or cache.size % (self.line * cache.ways):
                 raise Error(f"machine {self.name}: {level} is no whole number of sets of {cache.ways} lines")
-        for name in ("processors", "mhz", "line", "memory", "intervention", "upgrade", "bus_address"):
+        for name in ("processors", "mhz", "line", "memory", "intervention", "upgrade", "bus_address", "outstanding"):
             if getattr(self, name) < 1:
                 raise Error(f"machine {self.name}: {name} is at least 1")
         if self.instructions < 0:
@@ -87,6 +89,7 @@ S85 = Machine(
     upgrade=100,
     bus_address=13,
     bus_data=20,
+    outstanding=8,
     atomic=10,
     call=1193,
     jitter=80,
@@ -95,10 +98,11 @@ S85 = Machine(
 """The machine of the paper (section 5.1.1): IBM pSeries 680, 24 RS64-IV of 600 MHz, bus with distributed snooping,
 128 KB two-way first-level data cache with lines of 128 bytes; a call to a server takes 1193 cycles (section 1.1).
 
-Not in the paper: the second level's size, ways and latency; the latencies of memory and of other caches; the bus; that
-calls are not all alike. They are estimates, fitted on figure 1 alone: with 24 processors a call takes 19, 12 and 6
-times as long (lock, atomic, array), as in the paper. The least certain is the atomic variant, which fails over and over
-where all want the line at once: a bus that is a tenth faster or slower makes 9 or 16 of its 12.
+Not in the paper: the second level's size, ways and latency; the latencies of memory and of other caches; the bus, and
+how many stores wait for it; that calls are not all alike. They are estimates, fitted on figure 1 alone: with 24
+processors a call takes 19, 12 and 6 times as long (lock, atomic, array), as in the paper. The least certain is the
+atomic variant, which fails over and over where all want the line at once: a bus that is a tenth faster or slower makes
+9 or 16 of its 12.
 
 About one instruction in three accesses memory (Hennessy and Patterson), and more than half of those the stack: some
 four others, of a cycle each, go with one that does not."""

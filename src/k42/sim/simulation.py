@@ -197,10 +197,13 @@ class Simulation:
         for number in range(first, end):
             if self._users.setdefault(number, processor) != processor:
                 self._users[number] = SEVERAL
-        self._let_earlier(processor)
         counts, owner = self._memory.counts[processor], self._owners[bisect.bisect_right(self._starts, address) - 1]
         before = counts.accesses, counts.stalled
-        self._clocks[processor] = self._memory.claim(processor, first, end - first, self._clocks[processor])
+        for start in range(first, end, self.machine.outstanding):
+            self._let_earlier(processor)
+            count = min(self.machine.outstanding, end - start)
+            self._clocks[processor] = self._memory.claim(processor, start, count, self._clocks[processor])
+        self._clocks[processor] += self.machine.upgrade
         owner.accesses += counts.accesses - before[0]
         owner.stalled += counts.stalled - before[1]
         owner.writers |= 1 << processor

@@ -601,22 +601,28 @@ class SharedFCM(FileCacheManager):
         if size < 1:
             raise ValueError(f"a mapped file has at least one byte, not {size}")
         with root.flushing:
-            before = cache.pages()
-            root.read_ahead.resize(pages)
-            if size < root.fr.size():
-                # From the page of the new end on; its snapshots, and what they see there, stay as they are.
-                with contextlib.nullcontext() if root.node is None else root.node.cutting(size // PAGE, before):
-                    self._resize_store(size)
-                    cache.resize(pages)
-                self._discard(pages, before)
-                if size % PAGE:
-                    self._clear_tail(size)
-                os.ftruncate(cache.memfd(), pages * PAGE)
-            else:
+            try:
+                self._resize(size, pages)
+            finally:
+                root.read_ahead.resize(cache.pages())
+
+    def _resize(self, size: int, pages: int) -> None:
+        root = self.root
+        cache, before = root.cache, root.cache.pages()
+        if size < root.fr.size():
+            # From the page of the new end on; its snapshots, and what they see there, stay as they are.
+            with contextlib.nullcontext() if root.node is None else root.node.cutting(size // PAGE, before):
                 self._resize_store(size)
-                os.ftruncate(cache.journal(), max(pages, os.fstat(cache.journal()).st_size))
-                os.ftruncate(cache.memfd(), pages * PAGE)
                 cache.resize(pages)
+            self._discard(pages, before)
+            if size % PAGE:
+                self._clear_tail(size)
+            os.ftruncate(cache.memfd(), pages * PAGE)
+        else:
+            self._resize_store(size)
+            os.ftruncate(cache.journal(), max(pages, os.fstat(cache.journal()).st_size))
+            os.ftruncate(cache.memfd(), pages * PAGE)
+            cache.resize(pages)
 
     def _clear_tail(self, size: int) -> None:
         """Makes zeros of what the last page has behind the end: of a longer file they will be seen, and stored."""

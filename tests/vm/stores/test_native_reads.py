@@ -8,6 +8,7 @@ import signal
 import struct
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from vm_support import PAGE, until
@@ -55,6 +56,44 @@ def test_what_follows_is_read_ahead(kernels, connect, folder):
         assert file["read_ahead"] > 0
         assert file["io_submitted"] == 0  # by nobody but native threads
         assert stat["engine"]["read"] < PAGES // 16
+
+
+def test_a_resize_that_is_refused_leaves_read_ahead_as_it_is(kernels, connect, folder):
+    path = _numbered(folder / "file")
+    kernel = kernels(budget=64 << 20)
+    client = connect(kernel)
+    with client.open(path) as mapping:
+        with pytest.raises(vm.Unsupported):  # `Mapping.resize` would not even ask for it
+            client._long_request({"op": "resize", "region": mapping._shown.region, "size": 1})
+        _, wrong = _native.visit_pages(mapping, PAGES, 0, 0)
+        assert wrong == 0
+        assert mapping.stats()["read_ahead"] > PAGES // 2
+
+
+@pytest.mark.parametrize("limit", [256, 512])
+def test_who_has_a_limit_is_not_read_ahead_for_beyond_it(kernels, connect, folder, limit):
+    path = _numbered(folder / "file")
+    kernel = kernels(budget=64 << 20)
+    client = connect(kernel, limit=limit * PAGE)
+    with client.open(path) as mapping:
+        for page in range(PAGES):
+            assert mapping[page * PAGE] == page % 256
+            if page % 8 == 0:
+                time.sleep(0.0005)  # a slow reader: what is read for it has time to be pushed out
+        assert mapping.stats()["filled"] < PAGES + PAGES // 4
+
+
+def test_threads_that_read_ahead_run_where_the_kernel_may(kernels, connect, folder):
+    path = _numbered(folder / "file")
+    client = connect(kernels(budget=64 << 20))
+    with client.open(path) as mapping:
+        _native.visit_pages(mapping, PAGES, 0, 0)
+        pid = client.stat()["pid"]
+        threads = [int(each.name) for each in Path(f"/proc/{pid}/task").iterdir()]
+        named = {thread: Path(f"/proc/{pid}/task/{thread}/comm").read_text().strip() for thread in threads}
+        ahead = [thread for thread, name in named.items() if name == "k42-read-ahead" and thread != pid]
+        native = [thread for thread in ahead if os.sched_getaffinity(thread) == os.sched_getaffinity(pid)]
+        assert native
 
 
 def test_with_little_memory_nothing_is_wrong_and_no_frame_is_lost(kernels, connect, folder):

@@ -12,8 +12,8 @@ import bisect
 import contextlib
 import itertools
 import os
+import secrets
 import struct
-import tempfile
 from array import array
 from collections.abc import Callable, Hashable
 from dataclasses import replace
@@ -207,8 +207,10 @@ def compress(
     options = {zstd.CompressionParameter.compression_level: level, zstd.CompressionParameter.checksum_flag: 1}
     target = Path(target)
     sizes = []
-    with open(source, "rb") as reader, tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as writer:
-        try:
+    # Its name is known before it is there, so that Ctrl-C leaves nothing behind at any moment.
+    unfinished = target.parent / f".{secrets.token_hex(16)}.k42"
+    try:
+        with open(source, "rb") as reader, open(unfinished, "xb", opener=_private) as writer:
             while data := reader.read(group * PAGE):
                 packed = zstd.compress(data, options=options)
                 writer.write(packed)
@@ -223,11 +225,15 @@ def compress(
             os.fsync(writer.fileno())
             written = writer.tell()
             if overwrite:
-                os.replace(writer.name, target)
+                os.replace(unfinished, target)
             else:
-                os.link(writer.name, target)  # fails where somebody else has made it meanwhile
-                os.unlink(writer.name)
-        except BaseException:
-            Path(writer.name).unlink(missing_ok=True)
-            raise
+                os.link(unfinished, target)  # fails where somebody else has made it meanwhile
+                os.unlink(unfinished)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     return sum(unpacked for _, unpacked in sizes), written
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
