@@ -219,7 +219,7 @@ def test_plot(tmp_path):
 # The command.
 
 PROGRAM = """
-import queue, threading
+import queue, threading, beside
 class Registry: hits = 0
 registry, lock, jobs = Registry(), threading.Lock(), queue.Queue()
 def work(processor):
@@ -243,6 +243,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
+    (tmp_path / "beside.py").write_text("")
     file = tmp_path / "queue.py"  # as a module of the standard library
     file.write_text(PROGRAM)
     return file

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from k42.errors import Error
+
+
+@contextlib.contextmanager
+def importing_beside(path: Path) -> Iterator[None]:
+    """For a while, modules beside a file can be imported, where no others are called so."""
+    folder = str(path.resolve().parent)
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def function(path: Path, name: str) -> Callable[..., object]:
@@ -26,9 +38,6 @@ def function(path: Path, name: str) -> Callable[..., object]:
         raise Error(f"{path}: it is not a file of Python; its name ends with .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
     except Exception as error:

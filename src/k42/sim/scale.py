@@ -193,7 +193,9 @@ def scale_file(
     from k42.sim import _files
 
     try:
-        return _scale(lambda: _files.function(path, function), None, function, processors, machine, padded, 0, progress)
+        with _files.importing_beside(path):
+            prepare = functools.partial(_files.function, path, function)
+            return _scale(prepare, None, function, processors, machine, padded, 0, progress)
     except Error:
         raise
     except Exception as error:
