@@ -137,8 +137,8 @@ struct ReadJob {
     PageTable::Run run{0, 0};
 };
 
-// On whose account frames are taken: its number, and the client whose it is, if it may go meanwhile, and another get the
-// number.
+// On whose account frames are taken: its number, and the client whose it is, if it may go meanwhile, and another get
+// the number.
 struct Payer {
     uint16_t account = 0;
     const Hat* client = nullptr;
