@@ -103,6 +103,7 @@ int add_core_experiments(PyObject* module);
 int add_allocator(PyObject* module);
 int add_gate(PyObject* module);
 int add_interval_map(PyObject* module);
+int add_retype(PyObject* module);
 int add_vm(PyObject* module);           // Linux only
 int add_experiments(PyObject* module);  // Linux only
 

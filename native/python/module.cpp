@@ -18,6 +18,7 @@ int exec(PyObject* module) {
     if (add_allocator(module) < 0) return -1;
     if (add_gate(module) < 0) return -1;
     if (add_interval_map(module) < 0) return -1;
+    if (add_retype(module) < 0) return -1;
 #ifdef __linux__
     if (add_vm(module) < 0) return -1;
     if (add_experiments(module) < 0) return -1;

@@ -507,6 +507,10 @@ def find(window: Window, data: Buffer, start: int, end: int, backwards: bool, /)
 def open_userfaultfd(user_mode_only: bool, /) -> int: ...
 def map_status(memfd: int, /) -> int: ...
 
+# --- What k42.sim charges accesses by: retype.cpp
+
+def retype(object: object, type: type, /) -> None: ...
+
 # --- What the experiments measure with: core_experiments.cpp
 
 class CoreLoop:

@@ -1,4 +1,4 @@
-"""The command `k42`: experiments, the kernel process, compressed files, and a demo."""
+"""The command `k42`: experiments, simulations, the kernel process, compressed files, and a demo."""
 
 from __future__ import annotations
 
@@ -156,6 +156,72 @@ def experiment(
         console.print(f"  {finding}", highlight=False, soft_wrap=True)
     if to_stdout:
         for record in report.records:
+            print(record.to_json())
+
+
+@app.command()
+def sim(
+    function: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE:FUNCTION",
+            help="What runs on each processor, called with the number of its processor. What processors share is in "
+            "the globals of the file, which is run anew for each number of processors.",
+        ),
+    ],
+    processors: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_processors,
+            metavar="N,...",
+            help="How many there are, beside one alone.",
+            show_default="powers of two, and all that the machine has",
+        ),
+    ] = None,
+    machine: Annotated[
+        str, typer.Option(metavar="NAME|FILE.toml", help="Where to run it: a machine's name or description.")
+    ] = "s85",
+    padded: Annotated[
+        bool,
+        typer.Option("--padded", help="Put each object on cache lines of its own: is it only lines that are shared?"),
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw time and speed-up into a file.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the records here, one a line; - for stdout.")
+    ] = None,
+) -> None:
+    """Run a function on simulated processors: does it scale, and which attribute do they wait for if it does not?"""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from k42.experiments import _record
+    from k42.sim.machine import load
+    from k42.sim.scale import powers, scale_file
+
+    file, _, name = function.rpartition(":")
+    if not file or not name:
+        raise typer.BadParameter(f"{function!r} is not a file and a function of it, such as work.py:work")
+    where = load(machine)
+    counts = sorted({1, *(processors or powers(where.processors))})
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(escape(name), total=len(counts))
+        result = scale_file(
+            Path(file),
+            name,
+            processors=counts,
+            machine=where,
+            padded=padded,
+            progress=lambda _: progress.advance(task),
+        )
+    to_stdout = json == Path("-")
+    if json and not to_stdout:
+        _record.write_json(result.records(), json)
+    if plot:
+        result.plot(plot)
+    print(result, file=sys.stderr if to_stdout else sys.stdout)
+    if to_stdout:
+        for record in result.records():
             print(record.to_json())
 
 

@@ -93,6 +93,8 @@ class Memory:
         self._l2 = [_Level(machine.l2, machine.line) for _ in range(processors)]
         self._copies: dict[int, dict[int, str]] = {}  # line: {processor: M, E or S}
         self._bus_free = 0
+        self._latency = machine.l1.latency
+        self._last = [-1] * processors  # line: of the latest access
         self._arrives: dict[int, int] = {}  # line: when the transfer of it that is on its way ends
         self.counts = [Counts() for _ in range(processors)]
 
@@ -134,7 +136,8 @@ class Memory:
         counts = self.counts[processor]
         counts.accesses += 1
         counts.hits += 1
-        latency = self._from_own(processor, line)
+        # The last one again: it is the most recently used at both levels already.
+        latency = self._latency if self._last[processor] == line else self._from_own(processor, line)
         if self._check:
             self.verify(line)
         return latency
@@ -178,6 +181,7 @@ class Memory:
         return at
 
     def _from_own(self, processor: int, line: int) -> int:
+        self._last[processor] = line
         self._l2[processor].touch(line)
         if self._l1[processor].touch(line):
             return self._machine.l1.latency
@@ -227,6 +231,7 @@ class Memory:
         self.counts[processor].invalidated += 1
 
     def _hold(self, processor: int, line: int) -> None:
+        self._last[processor] = line
         self._l1[processor].insert(line)
         victim = self._l2[processor].insert(line)
         if victim is None:

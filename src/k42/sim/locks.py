@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING, Any
 
-from k42.sim.simulation import Simulation
+from k42.errors import Error
+from k42.sim.processor import Processor, here
+
+if TYPE_CHECKING:
+    from k42.sim.simulation import Simulation
 
 
 class SpinLock:
@@ -17,7 +22,7 @@ class SpinLock:
 
     def __init__(self, simulation: Simulation, address: int | None = None) -> None:
         self._sim = simulation
-        self._word = simulation.allocate(8, padded=True) if address is None else address
+        self._word = simulation.allocate(8, padded=True, name="SpinLock") if address is None else address
         self.owner: int | None = None
 
     def acquire(self) -> None:
@@ -58,7 +63,7 @@ class TicketLock:
 
     def __init__(self, simulation: Simulation) -> None:
         self._sim = simulation
-        self._word = simulation.allocate(16, padded=True)
+        self._word = simulation.allocate(16, padded=True, name="TicketLock")
         self._drawn = self._served = 0
         self.owner: int | None = None
 
@@ -98,8 +103,9 @@ class QueueLock:
 
     def __init__(self, simulation: Simulation) -> None:
         self._sim = simulation
-        self._tail = simulation.allocate(8, padded=True)
-        self._nodes = [simulation.allocate(16, padded=True) for _ in range(simulation.processors)]
+        self._tail = simulation.allocate(8, padded=True, name="QueueLock")
+        every = range(simulation.processors)
+        self._nodes = [simulation.allocate(16, padded=True, name="QueueLock node") for _ in every]
         self._queue: deque[int] = deque()  # the owner first
         self._mine = [False] * simulation.processors
 
@@ -147,6 +153,94 @@ class QueueLock:
     def __enter__(self) -> QueueLock:
         self.acquire()
         return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class StandIn:
+    """A lock of `threading` that simulated processors share: test and set for them, for other threads the lock itself.
+
+    Args:
+        simulation: where.
+        lock: what it stands for.
+        address: of its word.
+        again: whether who has it may take it again, as an RLock.
+
+    Raises:
+        Error: the lock is held.
+    """
+
+    def __init__(self, simulation: Simulation, lock: Any, address: int, *, again: bool) -> None:
+        if not lock.acquire(blocking=False):
+            raise Error("a lock that is held cannot become a simulated one: share it before, or after")
+        lock.release()
+        self._sim = simulation
+        self._lock = lock
+        self._word = address
+        self._spin = SpinLock(simulation, address)
+        self._again = again
+        self._depth = 0
+
+    def _processor(self) -> Processor | None:
+        """The processor that calls, after the computing that goes with it."""
+        processor = here.processor
+        if processor is None or processor.simulation is not self._sim:
+            return None
+        self._sim.work(processor.instructions)
+        return processor
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """Take it; returns whether it was taken.
+
+        Raises:
+            Error: there is a timeout.
+        """
+        processor = self._processor()
+        if processor is None:
+            return self._lock.acquire(blocking, timeout)  # type: ignore[no-any-return]
+        if timeout != -1:
+            raise Error("a timeout of a lock cannot be simulated: wait without, or not at all")
+        if self._again and self._spin.owner == processor.number:
+            self._sim.load(self._word)
+            self._sim.store(self._word)
+        elif blocking:
+            self._spin.acquire()
+        else:
+            self._sim.update(self._word)
+            if self._spin.owner is not None:
+                return False
+            self._spin.owner = processor.number
+        self._depth += 1
+        return True
+
+    def release(self) -> None:
+        """Give it back.
+
+        Raises:
+            RuntimeError: nobody has it; or it is an RLock, and another has it.
+        """
+        processor = self._processor()
+        if processor is None:
+            self._lock.release()
+            return
+        owner = self._spin.owner
+        if owner is None or (self._again and owner != processor.number):
+            raise RuntimeError("release of a lock that is not held")
+        self._sim.store(self._word)
+        self._depth -= 1
+        if not self._depth:
+            self._spin.owner = None
+
+    def locked(self) -> bool:
+        """Whether somebody has it."""
+        if self._processor() is None:
+            return self._lock.locked()  # type: ignore[no-any-return]
+        self._sim.load(self._word)
+        return self._spin.owner is not None
+
+    def __enter__(self) -> bool:
+        return self.acquire()
 
     def __exit__(self, *_: object) -> None:
         self.release()

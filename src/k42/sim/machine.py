@@ -45,6 +45,7 @@ class Machine:
         atomic: between the load and the store of an atomic change.
         call: of a round trip to a server in another address space, on one processor.
         jitter: how much longer or shorter a call may be, by chance.
+        instructions: computing that goes with one access to what `Simulation.share` charges for.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Machine:
     atomic: int
     call: int
     jitter: int
+    instructions: int = 4
 
     def __post_init__(self) -> None:
         for level in ("l1", "l2"):
@@ -71,6 +73,8 @@ class Machine:
         for name in ("processors", "mhz", "line", "memory", "intervention", "upgrade", "bus_address", "outstanding"):
             if getattr(self, name) < 1:
                 raise Error(f"machine {self.name}: {name} is at least 1")
+        if self.instructions < 0:
+            raise Error(f"machine {self.name}: instructions is at least 0")
 
 
 S85 = Machine(
@@ -89,6 +93,7 @@ S85 = Machine(
     atomic=10,
     call=1193,
     jitter=80,
+    instructions=4,
 )
 """The machine of the paper (section 5.1.1): IBM pSeries 680, 24 RS64-IV of 600 MHz, bus with distributed snooping,
 128 KB two-way first-level data cache with lines of 128 bytes; a call to a server takes 1193 cycles (section 1.1).
@@ -97,7 +102,10 @@ Not in the paper: the second level's size, ways and latency; the latencies of me
 how many stores wait for it; that calls are not all alike. They are estimates, fitted on figure 1 alone: with 24
 processors a call takes 19, 12 and 6 times as long (lock, atomic, array), as in the paper. The least certain is the
 atomic variant, which fails over and over where all want the line at once: a bus that is a tenth faster or slower makes
-9 or 16 of its 12."""
+9 or 16 of its 12.
+
+About one instruction in three accesses memory (Hennessy and Patterson), and more than half of those the stack: some
+four others, of a cycle each, go with one that does not."""
 
 MACHINES = {machine.name: machine for machine in (S85,)}
 
