@@ -48,7 +48,7 @@ _COLOURS = {
     "no-op": "#999999",
 }
 
-# Where a name is made of where the state lives and what it is: from Python, and in the core alone. Others are grey.
+# Where a name is made of where the state lives and what it is: from Python, and in the core alone.
 _HUES = {
     "Shared": ("#4c6a92", "#a9bdd9"),
     "Atomic": ("#4f8a5b", "#a3c9aa"),
@@ -59,7 +59,7 @@ _HUES = {
 }
 _SHADES = ("#eeb08c", "#d1662f", "#8f3f17")  # for numbers of processors
 _MANY = 5  # columns, from which on their heads are short
-_GREYS = ("#333333", "#6e6e6e", "#999999", "#bdbdbd", "#dddddd")
+_OTHERS = ("#26364c", "#d1662f", "#4f8a5b", "#8a5a99", "#999999", "#4c6a92", "#e0a93b")
 
 
 def size(nbytes: int) -> str:
@@ -96,13 +96,13 @@ def _short(name: str) -> str:
 
 def _colours(names: Sequence[str]) -> dict[str, str]:
     """A colour for each of the names in a panel."""
-    greys = itertools.cycle(_GREYS)
+    others = itertools.cycle(_OTHERS)
 
     def colour(name: str) -> str:
         for prefix, (plain, core) in _HUES.items():
             if name.startswith(prefix):
                 return core if name.endswith("(core)") else plain
-        return next(greys)
+        return next(others)
 
     return {name: _COLOURS.get(name) or colour(_short(name)) for name in names}
 
@@ -176,8 +176,8 @@ def _cell(record: Record | None) -> str:
 def plot(records: Sequence[Record], path: Path) -> None:
     """Draw the records, one panel an experiment or an operation of it, into a file of the kind that its name ends with.
 
-    With one or two numbers of processors the panel has bars, side by side; with more it has lines against
-    processors on logarithmic axes, as the paper's figures have it. Shares are bars in any case.
+    With one or two numbers of processors the panel has bars, side by side; with more it has lines against processors,
+    as the paper's figures have it. Shares are bars in any case.
 
     Raises:
         Error: matplotlib is missing, or the file cannot be written.
@@ -191,7 +191,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     for record in records:
         panels.setdefault((record.experiment, _operation(record.implementation)), []).append(record)
     columns = min(len(panels), 3)
-    width = columns * max(max(5.5, 0.36 * len(panel)) for panel in panels.values())
+    width = columns * max(_width(panel) for panel in panels.values())
     figure = Figure(figsize=(width, 5 * math.ceil(len(panels) / columns)), layout="constrained")
     FigureCanvasAgg(figure)
     places = list(figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flat)
@@ -199,13 +199,14 @@ def plot(records: Sequence[Record], path: Path) -> None:
         axes.set_axis_off()
     for axes, ((_, operation), panel) in zip(places, panels.items(), strict=False):
         first = panel[0]
-        few = len({record.processors for record in panel}) <= 2
-        draw = _shares if first.unit == "%" else _bars if few else _lines
+        draw = _shares if first.unit == "%" else _bars if _few(panel) else _lines
         draw(axes, panel)
-        rows = math.ceil(len(axes.get_legend_handles_labels()[0]) / 4)
+        labels = axes.get_legend_handles_labels()[1]
+        legend = 4 if max(map(len, labels)) < 24 else 2
+        rows = math.ceil(len(labels) / legend)
         title = f"{first.experiment}: {operation}" if operation else first.experiment
         axes.set_title(title, loc="left", fontweight="bold", pad=12 + 15 * rows)
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), frameon=False, ncols=4, fontsize="small")
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), frameon=False, ncols=legend, fontsize="small")
         label = axes.set_xlabel if draw is _shares else axes.set_ylabel
         label(f"{first.metric.replace('_', ' ')}, {first.unit.replace('us', 'µs')}")
         axes.spines[["top", "right"]].set_visible(False)
@@ -214,6 +215,15 @@ def plot(records: Sequence[Record], path: Path) -> None:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
         raise Error(f"the plot could not be written: {error}") from error
+
+
+def _few(panel: Sequence[Record]) -> bool:
+    """Whether there is too little for lines."""
+    return len({record.processors for record in panel}) <= 2
+
+
+def _width(panel: Sequence[Record]) -> float:
+    return max(5.5, 0.36 * len(panel)) if _few(panel) else 7.0
 
 
 def _bars(axes: Axes, records: Sequence[Record]) -> None:
@@ -260,27 +270,27 @@ def _shares(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _lines(axes: Axes, records: Sequence[Record]) -> None:
-    """A line for each implementation and page size, against the number of processors."""
+    """A line for each implementation and page size, against the number of processors; to be told apart in grey, too."""
     lines: dict[tuple[str, int], list[Record]] = {}
     for record in sorted(records, key=lambda record: record.processors):
         lines.setdefault((record.implementation, _page_size(record)), []).append(record)
-    styles = dict(zip(sorted({page_size for _, page_size in lines}), ("-", "--", ":"), strict=False))
     colours = _colours([name for name, _ in lines])
-    for (name, page_size), own in lines.items():
+    looks = itertools.cycle(itertools.product(("-", "--", ":"), "os^Dv"))
+    for ((name, page_size), own), (style, marker) in zip(lines.items(), looks, strict=False):
         axes.errorbar(
             [record.processors for record in own],
             [record.value for record in own],
             yerr=[record.spread / 2 for record in own],
             color=colours[name],
-            linestyle=styles[page_size],
-            marker="o",
+            linestyle=style,
+            marker=marker,
             label=f"{name}, {size(page_size)} pages" if page_size else _short(name),
         )
     counts = sorted({record.processors for record in records})
-    axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set_xlabel("processors")
-    _logarithmic(axes, [record.value for record in records])
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
 
 
 def _logarithmic(axes: Axes, values: Sequence[float]) -> None:

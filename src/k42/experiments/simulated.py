@@ -108,7 +108,7 @@ def _memclone(sim: Simulation, variants: Variants | None, pages: int) -> float:
     return _PAGES / 1000 * _per_page(sim, pages, touch, lambda processor: process.attach(regions[processor]))
 
 
-def _memclone_shared(sim: Simulation, variants: Variants, pages: int) -> float:
+def _memclone_shared(sim: Simulation, variants: Variants | None, pages: int) -> float:
     """The same, of one mapping (figures 9 and 13)."""
     kernel = Kernel(sim, variants)
     process = kernel.process()
@@ -116,7 +116,10 @@ def _memclone_shared(sim: Simulation, variants: Variants, pages: int) -> float:
 
     def touch(processor: int, page: int) -> None:
         sim.work(kernel.costs.touch)
-        kernel.fault(process, region, processor * _PAGES + page)
+        if variants is None:
+            kernel.zero_fill(processor * pages + page)
+        else:
+            kernel.fault(process, region, processor * _PAGES + page)
 
     def before(processor: int) -> None:
         if processor == 0:
@@ -371,14 +374,17 @@ EXPERIMENTS = {
         "time_per_thread",
         "ms",
         _memclone_shared,
-        lambda quick: {
-            f"{region} Region, {fcm} FCM": {
-                "variants": Variants(region=region, fcm=fcm),
-                "pages": _less(quick, _PAGES),
+        lambda quick: (
+            {
+                f"{region} Region, {fcm} FCM": {
+                    "variants": Variants(region=region, fcm=fcm),
+                    "pages": _less(quick, _PAGES),
+                }
+                for region in ("shared", "distributed")
+                for fcm in ("shared", "replicated", "partitioned")
             }
-            for region in ("shared", "distributed")
-            for fcm in ("shared", "replicated", "partitioned")
-        },
+            | {_BOUND: {"variants": None, "pages": _less(quick, _PAGES)}}
+        ),
         _memclone_shared_findings,
     ),
     "grep": _Experiment(
