@@ -13,10 +13,13 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from k42.errors import Error
 from k42.experiments._record import Record
 from k42.experiments._runner import Options, Report, cpus
 from k42.sim import Machine, QueueLock, Simulation
@@ -192,20 +195,32 @@ def _attach(sim: Simulation, variants: Variants, what: str, regions: int) -> flo
 
 
 def _sweep(points: Sequence[Point]) -> list[float]:
-    """Run all points, shared out among processes; their values, in order."""
+    """Run all points, shared out among processes; their values, in order.
+
+    Raises:
+        Error: one of the processes ended early.
+    """
     # The long ones first, or the last one would be waited for alone.
     order = sorted(range(len(points)), key=lambda index: -points[index].processors)
     values = [0.0] * len(points)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
-    with (
-        multiprocessing.get_context("spawn").Pool(len(cpus()), _ignore_interrupts) as pool,
-        Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress,
-    ):
+    others = multiprocessing.active_children()
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(len(cpus()), context, _ignore_interrupts)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("simulating", total=len(points))
-        for index, value in zip(order, pool.imap(Point.run, [points[index] for index in order]), strict=True):
-            values[index] = value
-            progress.advance(task)
+        try:
+            for index, value in zip(order, pool.map(Point.run, [points[index] for index in order]), strict=True):
+                values[index] = value
+                progress.advance(task)
+        except BrokenProcessPool as error:
+            raise Error(f"a process that simulates ended early: {error}") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()
     return values
 
 
