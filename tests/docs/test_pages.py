@@ -1,4 +1,4 @@
-"""The examples of the pages about objects run as they stand."""
+"""The examples of the pages about objects and about the simulator run as they stand."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from k42 import sim
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = [
     pytest.param(code, id=f"{page}-{number}")
-    for page in ("own-object.md", "what-scales.md")
+    for page in ("own-object.md", "what-scales.md", "simulator.md")
     for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.M | re.S))
 ]
 
@@ -31,3 +33,11 @@ def test_example_runs(code: str) -> None:
         )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_machine_of_one_s_own(tmp_path: Path) -> None:
+    [text] = re.findall(r"^```toml\n(.*?)^```", (ROOT / "docs" / "simulator.md").read_text(), re.M | re.S)
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    machine = sim.load(file)
+    assert (machine.name, machine.processors, machine.l1.ways) == ("mine", 64, 8)
