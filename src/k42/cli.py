@@ -109,7 +109,7 @@ def experiment(
         str,
         typer.Option(
             metavar="NAME",
-            help="Where to run it: real; sim, which is s85, the paper's machine, simulated; or FILE.toml, one's own.",
+            help="Where to run it: real; sim, which is s85, the paper's machine, simulated; manycore; or FILE.toml.",
         ),
     ] = "real",
     processors: Annotated[

@@ -15,14 +15,18 @@ from k42.sim import MACHINES, S85, Cache, Deadlock, QueueLock, Simulation, SpinL
 from k42.sim.coherence import Memory
 
 SMALL = dataclasses.replace(S85, l1=Cache(4 * 128, 2, 1), l2=Cache(8 * 128, 2, 10))
+MESH = dataclasses.replace(SMALL, processors=4, hop=5)
 LOCKS = [SpinLock, TicketLock, QueueLock]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30), st.booleans()), max_size=300))
-def test_one_writer_or_many_readers(accesses):
+@given(
+    st.sampled_from([SMALL, MESH]),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30), st.booleans()), max_size=300),
+)
+def test_one_writer_or_many_readers(machine, accesses):
     # The protocol is checked after each access; a write leaves one copy, and all accesses are hits or misses.
-    memory = Memory(SMALL, 4, check=True)
+    memory = Memory(machine, 4, check=True)
     now = 0
     for processor, line, write in accesses:
         before = memory.copies(line)
@@ -57,6 +61,17 @@ def test_the_bus_is_one():
     done = sorted(memory.access(processor, processor, 0)[0] for processor in range(8))
     occupied = S85.bus_address + S85.bus_data
     assert done == [S85.memory + occupied * i for i in range(8)]
+
+
+def test_in_a_mesh_it_matters_where_a_line_is():
+    # Four processors in a square; line n has its home at processor n % 4.
+    assert [MESH.distance(0, other) for other in range(4)] == [0, 5, 5, 10]
+    memory = Memory(MESH, 4)
+    took = [memory.access(0, line, 0)[0] - MESH.memory for line in range(4)]
+    assert took == [0, 10, 10, 20]  # there and back; and each directory has its own queue
+    later = 10_000
+    assert memory.access(3, 1, later)[0] - later == MESH.intervention + 5 + 5 + 10  # 3 to 1, to 0, to 3
+    assert memory.access(2, 1, 2 * later, write=True)[0] - 2 * later == MESH.memory + 10 + max(5 + 5, 5 + 5)
 
 
 @pytest.mark.parametrize("kind", LOCKS)
@@ -167,7 +182,7 @@ def test_all_wait_for_each_other():
         (lambda: Simulation(S85, 25), "s85 has 1 to 24"),
         (lambda: Simulation(S85, 0), "s85 has 1 to 24"),
         (lambda: Simulation(S85, 1).work(1), "no processor of the simulation"),
-        (lambda: load("s86"), "there are s85, or FILE.toml"),
+        (lambda: load("s86"), "there are s85, manycore, or FILE.toml"),
         (lambda: load("/nowhere.toml"), "No such file"),
         (lambda: dataclasses.replace(S85, l1=Cache(100, 2, 1)), "l1 is no whole number of sets"),
         (lambda: dataclasses.replace(S85, memory=0), "memory is at least 1"),

@@ -25,7 +25,7 @@ from k42.experiments._runner import Options, Report, cpus
 from k42.sim import Machine, QueueLock, Simulation
 from k42.sim.vm import PAGE, Kernel, Variants
 
-PROCESSORS = (1, 2, 4, 8, 12, 16, 20, 24)
+PROCESSORS = (1, 2, 4, 8, 12, 16, 20, 24, 32, 64, 96, 128)
 """Those that are simulated unless others are asked for, as far as the machine has them."""
 
 _SEED = 1

@@ -9,13 +9,14 @@ from __future__ import annotations
 from k42.sim.attribution import Stall
 from k42.sim.coherence import Counts
 from k42.sim.locks import QueueLock, SpinLock, TicketLock
-from k42.sim.machine import MACHINES, S85, Cache, Machine, load
+from k42.sim.machine import MACHINES, MANYCORE, S85, Cache, Machine, load
 from k42.sim.processor import work
 from k42.sim.scale import Scaling, scale
 from k42.sim.simulation import Deadlock, Simulation
 
 __all__ = [
     "MACHINES",
+    "MANYCORE",
     "S85",
     "Cache",
     "Counts",

@@ -1,8 +1,8 @@
-"""Caches that are kept coherent: the MESI protocol on a bus of finite bandwidth (Papamarcos and Patel 1984).
+"""Caches that are kept coherent: the MESI protocol (Papamarcos and Patel 1984), on a bus or with directories in a mesh.
 
 Each processor has two levels of its own. A line is in the states M (one copy, which memory does not have), E (one copy)
-or S (copies that are alike); where it is in no cache there is no state. Who needs the bus waits for it, and for the
-transfer of the same line that is on its way.
+or S (copies that are alike); where it is in no cache there is no state. Who needs the bus, or the directory of a line,
+waits for it, and for the transfer of the same line that is on its way.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class Memory:
         self._l1 = [_Level(machine.l1, machine.line) for _ in range(processors)]
         self._l2 = [_Level(machine.l2, machine.line) for _ in range(processors)]
         self._copies: dict[int, dict[int, str]] = {}  # line: {processor: M, E or S}
-        self._bus_free = 0
+        # When the bus is free; or each directory, of which there is one at each place of the mesh.
+        self._free = [0] * (machine.processors if machine.hop else 1)
         self._latency = machine.l1.latency
         self._last = [-1] * processors  # line: of the latest access
         self._arrives: dict[int, int] = {}  # line: when the transfer of it that is on its way ends
@@ -162,8 +163,7 @@ class Memory:
                 continue
             counts.accesses += 1
             counts.upgrades += 1
-            start = max(at, self._bus_free, self._arrives.get(line, 0))
-            self._bus_free = at = start + machine.bus_address
+            at = self._turn(line, at, machine.bus_address) + machine.bus_address
             copies = self._copies.get(line)
             if copies:
                 for other in [other for other in copies if other != processor]:
@@ -192,7 +192,6 @@ class Memory:
         machine, counts = self._machine, self.counts[processor]
         copies = self._copies.setdefault(line, {})
         others = [other for other in copies if other != processor]
-        start = max(now, self._bus_free, self._arrives.get(line, 0))
         occupied = machine.bus_address + machine.bus_data
         if processor in copies:
             counts.upgrades += 1
@@ -203,8 +202,9 @@ class Memory:
         else:
             counts.memory += 1
             latency = machine.memory
-        self._bus_free = start + occupied
-        done = start + latency
+        if machine.hop:
+            latency += self._messages(processor, line, others, write=write)
+        done = self._turn(line, now, occupied) + latency
         lost: Sequence[int] = _NOBODY
         if write:
             for other in others:
@@ -224,6 +224,24 @@ class Memory:
             self._arrives[line] = done
         return done, lost
 
+    def _turn(self, line: int, ready: int, cycles: int) -> int:
+        """Take the bus, or the line's directory, for so long as soon as it is to be had: when that is."""
+        place = line % len(self._free)
+        start = max(ready, self._free[place], self._arrives.get(line, 0))
+        self._free[place] = start + cycles
+        return start
+
+    def _messages(self, processor: int, line: int, others: list[int], *, write: bool) -> int:
+        """What the ways in the mesh take: to the directory, from there to who has the line, and back."""
+        distance, home = self._machine.distance, line % self._machine.processors
+        there = distance(processor, home)
+        alone = len(others) == 1 and self._copies[line][others[0]] != "S"
+        if alone:
+            return there + distance(home, others[0]) + distance(others[0], processor)
+        if write and others:
+            return there + max(distance(home, other) + distance(other, processor) for other in others)
+        return 2 * there
+
     def _take_from(self, processor: int, line: int) -> None:
         del self._copies[line][processor]
         self._l1[processor].drop(line)
@@ -241,7 +259,7 @@ class Memory:
         self._l1[processor].drop(victim)
         copies = self._copies[victim]
         if copies.pop(processor) == "M":
-            self._bus_free += self._machine.bus_address + self._machine.bus_data
+            self._free[victim % len(self._free)] += self._machine.bus_address + self._machine.bus_data
         if not copies:
             del self._copies[victim]
         self.counts[processor].evicted += 1
