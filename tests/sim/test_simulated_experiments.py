@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from k42.cli import app
 from k42.errors import Error
 from k42.experiments import simulated
-from k42.sim import S85, Simulation, SpinLock, simulation, turns
+from k42.sim import MANYCORE, S85, Simulation, SpinLock, simulation, turns
 from k42.sim.vm import Kernel, Variants
 
 
@@ -117,6 +117,19 @@ def test_threads_and_greenlets_give_the_same_run(monkeypatch):
     by_default = a_run()
     monkeypatch.setattr(simulation, "turns", turns._Threads)
     assert a_run() == by_default
+
+
+def test_many_processors_are_not_a_deep_recursion():
+    sim = Simulation(MANYCORE)
+    word = sim.allocate(8)
+
+    def update(depth: int) -> None:
+        if depth:
+            update(depth - 1)
+        else:
+            sim.update(word)
+
+    assert len(sim.run(lambda _: update(20))) == 128
 
 
 def test_the_command(tmp_path):

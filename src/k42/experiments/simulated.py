@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import multiprocessing
+import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -207,7 +209,7 @@ def _sweep(points: Sequence[Point]) -> list[float]:
     console = Console(stderr=True)
     others = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(len(cpus()), context, _ignore_interrupts)
+    pool = ProcessPoolExecutor(len(cpus()), context, _begin)
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("simulating", total=len(points))
         try:
@@ -224,9 +226,17 @@ def _sweep(points: Sequence[Point]) -> list[float]:
     return values
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C is for the process that shares out the work, which then ends the others."""
+def _begin() -> None:
+    """In a process that simulates: Ctrl-C is for the one that shares out the work, and without it there is none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sharing = multiprocessing.parent_process()
+    assert sharing
+
+    def follow() -> None:
+        sharing.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 @dataclasses.dataclass(frozen=True)

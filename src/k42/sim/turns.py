@@ -48,13 +48,20 @@ class _Greenlets:
         import greenlet
 
         self._main: Any = greenlet.getcurrent()
-        self._all: list[Any] = [greenlet.greenlet(program) for program in programs]
+        self._all: list[Any] = [greenlet.greenlet(self._live) for _ in programs]
+        # Each begins here: it counts the depth of its calls from where it was begun.
+        for each, program in zip(self._all, programs, strict=True):
+            each.switch(program)
 
     def switch(self, _me: int, to: int) -> None:
         (self._main if to == MAIN else self._all[to]).switch()
 
     def waiting(self) -> int:
         return sum(not each.dead for each in self._all)
+
+    def _live(self, program: _Program) -> None:
+        self._main.switch()
+        program()
 
     def end(self) -> None:
         for each in self._all:
