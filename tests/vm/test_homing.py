@@ -57,7 +57,7 @@ def run(script, kernel, code: str, *arguments: object) -> str:
 
 
 HALVES = """
-    memory = client.anonymous(24 << 20)
+    memory = client.anonymous(24 << 20, fault_around=64 << 10)  # so that there are faults enough to count
     whole = np.asarray(memory)
     halves = np.split(whole, 2)
     rounds = 0
