@@ -126,6 +126,14 @@ def experiment(
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the records into a file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Less data and fewer rounds.")] = False,
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Have the workers of this Dask scheduler simulate, such as tcp://10.0.0.1:8786.",
+            show_default="processes here",
+        ),
+    ] = None,
 ) -> None:
     """Run an experiment of the paper, and show what it found as a table."""
     # Only here, so that `k42 --help` answers at once.
@@ -135,12 +143,14 @@ def experiment(
     if name not in EXPERIMENTS:
         raise Error(f"there is no experiment {name!r}; there are: {', '.join(sorted(EXPERIMENTS))}")
     if machine == "real":
+        if dask is not None:
+            raise Error("--dask is for simulated machines: add --machine sim")
         report = EXPERIMENTS[name](Options(processors or default_processors(), quick))
     elif name in simulated.EXPERIMENTS:
         from k42 import sim
 
         model = sim.load("s85" if machine == "sim" else machine)
-        report = simulated.run(name, model, Options(processors or simulated.default_processors(model), quick))
+        report = simulated.run(name, model, Options(processors or simulated.default_processors(model), quick, dask))
     else:
         known = ", ".join(sorted(simulated.EXPERIMENTS))
         raise Error(f"{name} does not run on a simulated machine, those that do: {known}; run it with --machine real")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -122,6 +126,32 @@ def test_threads_and_greenlets_give_the_same_run(monkeypatch):
 def test_many_processors_are_not_a_deep_recursion():
     one, all_of_them = (simulated._call(Simulation(MANYCORE, n), "padded", 5) for n in (1, 128))
     assert all_of_them < 1.1 * one
+
+
+def test_a_cluster_simulates_the_same(tmp_path):
+    pytest.importorskip("distributed", reason="distributed has no free-threaded wheels for 3.13")
+    where = tmp_path / "scheduler.json"
+    common = ["--scheduler-file", str(where), "--no-dashboard"]
+    python = [sys.executable, "-m"]
+    cluster = [
+        [*python, "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", *common],
+        *2 * [[*python, "distributed.cli.dask_worker", "--nthreads", "1", "--host", "127.0.0.1", *common]],
+    ]
+    records = {name: tmp_path / f"{name}.jsonl" for name in ("here", "there")}
+    command = [*python, "k42", "experiment", "counter", "--machine", "sim", "--processors", "1,3", "--quick", "--json"]
+    with contextlib.ExitStack() as stack:
+        for each in cluster:
+            process = stack.enter_context(subprocess.Popen(each, cwd=tmp_path, stderr=subprocess.DEVNULL))
+            stack.callback(process.kill)
+            while not where.exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+        address = json.loads(where.read_text())["address"]
+        subprocess.run([*command, str(records["there"]), "--dask", address], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, str(records["here"])], check=True, stdout=subprocess.DEVNULL)
+    assert records["there"].read_text() == records["here"].read_text() != ""
+    result = CliRunner().invoke(app, [*command[3:6], "sim", "--quick", "--dask", "tcp://127.0.0.1:1"])
+    assert (result.exit_code, "no Dask scheduler" in result.output) == (2, True), result.output
 
 
 def test_the_command(tmp_path):

@@ -28,10 +28,12 @@ class Options:
     Attributes:
         processors: how many processors work at the same time, one measurement for each number.
         quick: less data and fewer rounds, for a first look.
+        dask: address of the scheduler of a Dask cluster, whose workers simulate; None: processes here do.
     """
 
     processors: tuple[int, ...]
     quick: bool = False
+    dask: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ of this machine. What is fitted, to figure 1 alone, is said at `k42.sim.S85`; al
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
@@ -14,7 +15,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -196,34 +197,59 @@ def _attach(sim: Simulation, variants: Variants, what: str, regions: int) -> flo
     return taken[what.split()[0]] / regions / sim.machine.mhz
 
 
-def _sweep(points: Sequence[Point]) -> list[float]:
-    """Run all points, shared out among processes; their values, in order.
+def _sweep(points: Sequence[Point], dask: str | None) -> list[float]:
+    """Run all points, shared out among processes here, or the workers of a Dask cluster; their values, in order.
 
     Raises:
-        Error: one of the processes ended early.
+        Error: one of the processes ended early, or there is no such cluster.
     """
     # The long ones first, or the last one would be waited for alone.
     order = sorted(range(len(points)), key=lambda index: -points[index].processors)
     values = [0.0] * len(points)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
+    with (
+        contextlib.closing(_here(points, order) if dask is None else _on_cluster(points, order, dask)) as results,
+        Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress,
+    ):
+        task = progress.add_task("simulating", total=len(points))
+        for index, value in zip(order, results, strict=True):
+            values[index] = value
+            progress.advance(task)
+    return values
+
+
+def _here(points: Sequence[Point], order: Sequence[int]) -> Generator[float, None, None]:
     others = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(len(cpus()), context, _begin)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("simulating", total=len(points))
+    try:
+        yield from pool.map(Point.run, [points[index] for index in order])
+    except BrokenProcessPool as error:
+        raise Error(f"a process that simulates ended early: {error}") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
+
+
+def _on_cluster(points: Sequence[Point], order: Sequence[int], address: str) -> Generator[float, None, None]:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise Error("a cluster needs Dask, here and there: pip install 'k42[dask]'") from error
+    try:
+        client = Client(address, timeout=10)
+    except (OSError, ValueError) as error:
+        raise Error(f"there is no Dask scheduler at {address}: {error}") from error
+    with client:
+        futures = client.map(Point.run, [points[index] for index in order], pure=False)
         try:
-            for index, value in zip(order, pool.map(Point.run, [points[index] for index in order]), strict=True):
-                values[index] = value
-                progress.advance(task)
-        except BrokenProcessPool as error:
-            raise Error(f"a process that simulates ended early: {error}") from error
+            for future in futures:
+                yield future.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                if process not in others:
-                    process.terminate()
-    return values
+            client.cancel(futures)
 
 
 def _begin() -> None:
@@ -250,14 +276,15 @@ class _Experiment:
     implementations: Callable[[bool], dict[str, dict[str, object]]]  # by whether less data will do
     findings: Callable[[Callable[[str, int], float], Sequence[int]], list[str]]
 
-    def run(self, name: str, machine: Machine, processors: Sequence[int], *, quick: bool) -> Report:
+    def run(self, name: str, machine: Machine, options: Options) -> Report:
         """Simulate it."""
+        processors, quick = options.processors, options.quick
         points = [
             Point(self.measure, machine, implementation, count, arguments)
             for implementation, arguments in self.implementations(quick).items()
             for count in processors
         ]
-        values = _sweep(points)
+        values = _sweep(points, options.dask)
         by_point = {
             (point.implementation, point.processors): value for point, value in zip(points, values, strict=True)
         }
@@ -448,9 +475,9 @@ def run(name: str, machine: Machine, options: Options) -> Report:
     Args:
         name: one of `EXPERIMENTS`.
         machine: on what.
-        options: how many processors, and whether less data will do.
+        options: how many processors, whether less data will do, and who simulates.
     """
-    return EXPERIMENTS[name].run(name, machine, options.processors, quick=options.quick)
+    return EXPERIMENTS[name].run(name, machine, options)
 
 
 def default_processors(machine: Machine) -> tuple[int, ...]:
