@@ -21,6 +21,9 @@ namespace {
 // How many pages a file may grow by while it is cached: its journal's addresses are set aside at the start.
 constexpr uint64_t kGrowth = 1 << 26;
 
+// Frames in all: with fewer no more pages are mapped than asked for, since those that are look used.
+constexpr uint64_t kFewFrames = 1024;
+
 }  // namespace
 
 // A fault that waits for the end of a page's I/O.
@@ -157,7 +160,7 @@ bool FileCache::spared(const Page& page, uint32_t whose, uint64_t going) const {
 
 FileCache::Run FileCache::widened(int cpu, uint64_t page, const Region& region) {
     const Region::Group around = region.around_of(page);
-    if (!region.widens) return {around.first, around.count};
+    if (!region.widens || pool_->budget() < kFewFrames) return {around.first, around.count};
     CpuCounts& counts = cpu_counts_[cpu];
     const bool goes_on = counts.next.load(std::memory_order_relaxed) == page;
     const uint32_t before = goes_on ? counts.reach.load(std::memory_order_relaxed) : 0;
