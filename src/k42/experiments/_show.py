@@ -202,7 +202,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
         draw = _shares if first.unit == "%" else _bars if _few(panel) else _lines
         draw(axes, panel)
         labels = axes.get_legend_handles_labels()[1]
-        legend = 4 if max(map(len, labels)) < 24 else 2
+        legend = max(1, min(4, int(_width(panel) * 72 / (5 * max(map(len, labels)) + 40))))  # columns that find room
         rows = math.ceil(len(labels) / legend)
         title = f"{first.experiment}: {operation}" if operation else first.experiment
         axes.set_title(title, loc="left", fontweight="bold", pad=12 + 15 * rows)
