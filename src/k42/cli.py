@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.metadata
 import logging
 import os
 import re
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 import typer.core
@@ -17,6 +19,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from k42.errors import Error
+
+if TYPE_CHECKING:
+    from k42.experiments._record import Record
 
 _UNITS = {"": 1, "B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
@@ -86,6 +91,21 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+@contextlib.contextmanager
+def _records(records: Sequence[Record], json: Path | None) -> Iterator[TextIO]:
+    """Write the records where ``--json`` says, before or after the text for people; yields where that goes."""
+    from k42.experiments import _record
+
+    if json == Path("-"):
+        yield sys.stderr
+        for record in records:
+            print(record.to_json())
+        return
+    if json:
+        _record.write_json(records, json)
+    yield sys.stdout
+
+
 @app.callback()
 def _options(
     version: Annotated[
@@ -137,7 +157,7 @@ def experiment(
 ) -> None:
     """Run an experiment of the paper, and show what it found as a table."""
     # Only here, so that `k42 --help` answers at once.
-    from k42.experiments import EXPERIMENTS, Options, _record, _show, simulated
+    from k42.experiments import EXPERIMENTS, Options, _show, simulated
     from k42.experiments._runner import default_processors
 
     if name not in EXPERIMENTS:
@@ -155,18 +175,13 @@ def experiment(
         known = ", ".join(sorted(simulated.EXPERIMENTS))
         raise Error(f"{name} does not run on a simulated machine, those that do: {known}; run it with --machine real")
     # The files first: whoever reads the terminal may have had enough after some lines.
-    to_stdout = json == Path("-")
-    if json and not to_stdout:
-        _record.write_json(report.records, json)
-    if plot:
-        _show.plot(report.records, plot)
-    console = Console(stderr=to_stdout)
-    console.print(_show.table(report.title, report.records))
-    for finding in report.findings:
-        console.print(f"  {finding}", highlight=False, soft_wrap=True)
-    if to_stdout:
-        for record in report.records:
-            print(record.to_json())
+    with _records(report.records, json) as text:
+        if plot:
+            _show.plot(report.records, plot)
+        console = Console(file=text)
+        console.print(_show.table(report.title, report.records))
+        for finding in report.findings:
+            console.print(f"  {finding}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -203,7 +218,6 @@ def sim(
     """Run a function on simulated processors: does it scale, and which attribute do they wait for if it does not?"""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from k42.experiments import _record
     from k42.sim.machine import load
     from k42.sim.scale import powers, scale_file
 
@@ -224,15 +238,10 @@ def sim(
             padded=padded,
             progress=lambda _: progress.advance(task),
         )
-    to_stdout = json == Path("-")
-    if json and not to_stdout:
-        _record.write_json(result.records(), json)
-    if plot:
-        result.plot(plot)
-    print(result, file=sys.stderr if to_stdout else sys.stdout)
-    if to_stdout:
-        for record in result.records():
-            print(record.to_json())
+    with _records(result.records(), json) as text:
+        if plot:
+            result.plot(plot)
+        print(result, file=text)
 
 
 @app.command()

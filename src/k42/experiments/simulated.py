@@ -98,38 +98,27 @@ def _per_page(sim: Simulation, pages: int, touch: Callable[[int, int], None], be
     return sum(taken) / sim.processors / pages / sim.machine.mhz
 
 
-def _memclone(sim: Simulation, variants: Variants | None, pages: int) -> float:
-    """Milliseconds for 2500 pages of new memory of each thread's own (figures 6 and 8); None: the lower bound."""
+def _memclone(sim: Simulation, variants: Variants | None, pages: int, *, shared: bool = False) -> float:
+    """Milliseconds for 2500 pages of new memory, by thread; `variants` None: the lower bound.
+
+    Each thread has memory of its own (figures 6 and 8), or all have parts of one mapping (figures 9 and 13).
+    """
     kernel = Kernel(sim, variants)
     process = kernel.process()
-    regions = [kernel.region(kernel.fcm()) for _ in range(sim.processors)]
+    made = [kernel.region(kernel.fcm()) for _ in range(1 if shared else sim.processors)]
 
     def touch(processor: int, page: int) -> None:
         sim.work(kernel.costs.touch)
         if variants is None:
             kernel.zero_fill(processor * pages + page)
+        elif shared:
+            kernel.fault(process, made[0], processor * _PAGES + page)
         else:
-            kernel.fault(process, regions[processor], page)
-
-    return _PAGES / 1000 * _per_page(sim, pages, touch, lambda processor: process.attach(regions[processor]))
-
-
-def _memclone_shared(sim: Simulation, variants: Variants | None, pages: int) -> float:
-    """The same, of one mapping (figures 9 and 13)."""
-    kernel = Kernel(sim, variants)
-    process = kernel.process()
-    region = kernel.region(kernel.fcm())
-
-    def touch(processor: int, page: int) -> None:
-        sim.work(kernel.costs.touch)
-        if variants is None:
-            kernel.zero_fill(processor * pages + page)
-        else:
-            kernel.fault(process, region, processor * _PAGES + page)
+            kernel.fault(process, made[processor], page)
 
     def before(processor: int) -> None:
-        if processor == 0:
-            process.attach(region)
+        if processor < len(made):
+            process.attach(made[processor])
         else:
             sim.work(sim.machine.call * 10)  # the first has mapped it by then
 
@@ -425,7 +414,7 @@ EXPERIMENTS = {
         "2500 pages of one mapping touched by each thread (figures 9 and 13)",
         "time_per_thread",
         "ms",
-        _memclone_shared,
+        functools.partial(_memclone, shared=True),
         lambda quick: (
             {
                 f"{region} Region, {fcm} FCM": {

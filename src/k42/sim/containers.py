@@ -496,54 +496,35 @@ def _containing(plain: _Method) -> _Method:
     return method
 
 
-class _Keys(KeysView[Any]):
-    def __init__(self, mapping: Any, plain: _Method) -> None:
-        super().__init__(mapping)
-        self._plain = plain
+class _View:
+    """What the views of a dict have in common; as they print and turn round."""
 
-    def __repr__(self) -> str:
-        return f"dict_keys({list(self)!r})"
-
-    def __reversed__(self) -> Iterator[Any]:
-        return iter(list(self)[::-1])
-
-
-class _Values(ValuesView[Any]):
-    _mapping: Any
+    _name: str
 
     def __init__(self, mapping: Any, plain: _Method) -> None:
-        super().__init__(mapping)
+        self._mapping = mapping
         self._plain = plain
 
     def __iter__(self) -> Iterator[Any]:
-        return _viewed(self._mapping, self._plain)
+        return _iterating(lambda mapping: iter(self._plain(mapping)))(self._mapping)  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
-        return f"dict_values({list(self)!r})"
+        return f"{self._name}({list(self)!r})"
 
     def __reversed__(self) -> Iterator[Any]:
         return iter(list(self)[::-1])
 
 
-class _Items(ItemsView[Any, Any]):
-    _mapping: Any
-
-    def __init__(self, mapping: Any, plain: _Method) -> None:
-        super().__init__(mapping)
-        self._plain = plain
-
-    def __iter__(self) -> Iterator[Any]:
-        return _viewed(self._mapping, self._plain)
-
-    def __repr__(self) -> str:
-        return f"dict_items({list(self)!r})"
-
-    def __reversed__(self) -> Iterator[Any]:
-        return iter(list(self)[::-1])
+class _Keys(_View, KeysView[Any]):
+    _name = "dict_keys"
 
 
-def _viewed(target: Any, plain: _Method) -> Iterator[Any]:
-    return _iterating(lambda mapping: iter(plain(mapping)))(target)  # type: ignore[no-any-return]
+class _Values(_View, ValuesView[Any]):
+    _name = "dict_values"
+
+
+class _Items(_View, ItemsView[Any, Any]):
+    _name = "dict_items"
 
 
 def _viewing(plain: _Method, view: Callable[[Any, _Method], Any]) -> _Method:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from k42.errors import Error
 from k42.sim.processor import Processor, here
@@ -12,7 +12,40 @@ if TYPE_CHECKING:
     from k42.sim.simulation import Simulation
 
 
-class SpinLock:
+class _Lock:
+    """What the three locks have in common."""
+
+    _sim: Simulation
+    owner: int | None
+
+    def acquire(self) -> None:
+        """Take it."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Give it back, or to the next.
+
+        Raises:
+            RuntimeError: another has it, or nobody.
+        """
+        raise NotImplementedError
+
+    def _expect_mine(self) -> int:
+        """The processor that calls, which has it."""
+        me = self._sim.processor()
+        if self.owner != me:
+            raise RuntimeError("release of a lock that this processor does not have")
+        return me
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class SpinLock(_Lock):
     """Test and set: one word that who wants it sets; who finds it set looks at it until it is free, and tries again.
 
     Args:
@@ -41,20 +74,12 @@ class SpinLock:
         Raises:
             RuntimeError: another has it, or nobody.
         """
-        if self.owner != self._sim.processor():
-            raise RuntimeError("release of a lock that this processor does not have")
+        self._expect_mine()
         self._sim.store(self._word)
         self.owner = None
 
-    def __enter__(self) -> SpinLock:
-        self.acquire()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-class TicketLock:
+class TicketLock(_Lock):
     """Two words on one line: who wants it draws a number, and looks at the other until it is its turn.
 
     Args:
@@ -80,21 +105,13 @@ class TicketLock:
         Raises:
             RuntimeError: another has it, or nobody.
         """
-        if self.owner != self._sim.processor():
-            raise RuntimeError("release of a lock that this processor does not have")
+        self._expect_mine()
         self._sim.store(self._word + 8)
         self.owner = None
         self._served += 1
 
-    def __enter__(self) -> TicketLock:
-        self.acquire()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-class QueueLock:
+class QueueLock(_Lock):
     """The lock of Mellor-Crummey and Scott: who waits looks at a word of its own.
 
     Args:
@@ -110,7 +127,7 @@ class QueueLock:
         self._mine = [False] * simulation.processors
 
     @property
-    def owner(self) -> int | None:
+    def owner(self) -> int | None:  # type: ignore[override]
         """The processor that has it."""
         return self._queue[0] if self._queue and self._mine[self._queue[0]] else None
 
@@ -134,9 +151,7 @@ class QueueLock:
             RuntimeError: another has it, or nobody.
         """
         sim = self._sim
-        me = sim.processor()
-        if self.owner != me:
-            raise RuntimeError("release of a lock that this processor does not have")
+        me = self._expect_mine()
         sim.load(self._nodes[me])
         if len(self._queue) == 1:
             sim.update(self._tail)
@@ -149,13 +164,6 @@ class QueueLock:
         self._mine[me] = False
         self._queue.popleft()
         self._mine[follower] = True
-
-    def __enter__(self) -> QueueLock:
-        self.acquire()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 class StandIn:
